@@ -1,0 +1,28 @@
+"""MicroAdam for sharded parameters: Adam with about one byte of optimizer state a parameter."""
+
+from . import deepspeed
+from .config import MicroAdamConfig
+from .errors import (
+    BackendUnavailableError,
+    CheckpointMismatchError,
+    ConfigError,
+    MicroAdamError,
+    UnsupportedLayoutError,
+)
+from .optimizer import MicroAdam, StateBytes
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendUnavailableError",
+    "CheckpointMismatchError",
+    "ConfigError",
+    "MicroAdam",
+    "MicroAdamConfig",
+    "MicroAdamError",
+    "StateBytes",
+    "UnsupportedLayoutError",
+    "deepspeed",
+]
+
+deepspeed.register()

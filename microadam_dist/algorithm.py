@@ -1,0 +1,209 @@
+"""One MicroAdam step on a grid of equal blocks, in torch: the definition every kernel is compared with.
+
+Source: MicroAdam, arXiv:2405.15593, Algorithms 1 and 2. Everything is computed in fp32 and rounded once after every
+operation, in the order written here; scalars are computed in float64 and rounded once to fp32 (`StepScalars`). The
+bits of the result are the contract: no fused multiply-add (hence no ``add(alpha=)``, ``addcmul`` or ``lerp``), exact
+square roots and divisions, ties to the lowest index.
+
+Shapes: B blocks of n elements, k kept in each, q buckets of ``bucket_size`` elements (the last may be shorter).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .layout import StateLayout
+from .scalars import MAGNITUDE_LIMIT, StepScalars
+from .state import BlockViews
+
+
+def microadam_step_(blocks: BlockViews, layout: StateLayout, num_kept: int, step: int, scalars: StepScalars) -> Tensor:
+    """One step on B blocks. In place: parameter, codes, bucket ranges and window; the gradient is only read.
+
+    Args:
+        blocks: Views of the blocks, all of one length.
+        layout: Gives bucket size, code width and window size.
+        num_kept: k.
+        step: Steps taken before this one.
+        scalars: The scalars of this step.
+
+    Returns:
+        Number of blocks skipped because their accumulator is not finite, 0-dim int64.
+    """
+    param = blocks.param.flatten(0, 1).float()  # (B, n)
+    grad = blocks.grad.flatten(0, 1).float()
+
+    # a = g * grad_scale + (codes * step_q + lo)
+    accumulator = grad * scalars.grad_scale
+    if blocks.codes is not None and blocks.bucket_lo is not None and blocks.bucket_hi is not None:
+        accumulator = accumulator + decode_error(
+            blocks.codes.flatten(0, 1),
+            blocks.bucket_lo.flatten(0, 1).float(),
+            blocks.bucket_hi.flatten(0, 1).float(),
+            layout,
+            numel=param.shape[1],
+        )
+
+    # key = |bf16(a)|;  I = the k largest keys, ties to the lowest index, ascending;  V = bf16(a[I])
+    rounded = accumulator.bfloat16()
+    finite = (rounded.abs() < MAGNITUDE_LIMIT).all(dim=1, keepdim=True)
+    indices = largest_magnitudes(rounded, num_kept)  # (B, k)
+    # The slot of a skipped block is stored empty: zeros at the first k places, which add nothing anywhere.
+    indices = torch.where(finite, indices, torch.arange(num_kept, device=indices.device))
+    values = torch.where(finite, rounded.gather(1, indices), 0)
+
+    # a[I] = 0, and the residual becomes the new error, quantized
+    if blocks.codes is not None and blocks.bucket_lo is not None and blocks.bucket_hi is not None:
+        residual = accumulator.scatter(1, indices, 0.0)
+        codes, bucket_lo, bucket_hi = encode_error(residual, layout)
+        _assign_where_(blocks.codes, finite, codes)
+        _assign_where_(blocks.bucket_lo, finite, bucket_lo)
+        _assign_where_(blocks.bucket_hi, finite, bucket_hi)
+
+    # slot = step mod window_size
+    slots = [(indices, values.float())]  # by age, 0 = newest
+    if blocks.indices is not None and blocks.values is not None:
+        window_size = layout.config.window_size
+        newest = step % window_size
+        blocks.indices[:, :, newest] = indices.view(*blocks.indices.shape[:2], num_kept).short()
+        blocks.values[:, :, newest] = values.view(*blocks.values.shape[:2], num_kept)
+        for age in range(1, len(scalars.m_weights)):
+            slot = (step - age) % window_size
+            index, value = blocks.indices[:, :, slot].flatten(0, 1), blocks.values[:, :, slot].flatten(0, 1)
+            slots.append((index.long(), value.float()))
+
+    # M = sum b1^r V_r,  V = sum b2^r V_r^2, oldest to newest; indices are unique inside a slot
+    m_sum, v_sum = torch.zeros_like(param), torch.zeros_like(param)
+    touched = torch.zeros_like(param, dtype=torch.bool)
+    for age in reversed(range(len(slots))):
+        index, value = slots[age]
+        m_sum.scatter_(1, index, m_sum.gather(1, index) + value * scalars.m_weights[age])
+        v_sum.scatter_(1, index, v_sum.gather(1, index) + (value * value) * scalars.v_weights[age])
+        touched.scatter_(1, index, True)
+
+    # p = p * (1 - lr*wd);  p[touched] -= lr * (m / (eps + sqrt(v)))
+    update = adam_direction(m_sum * scalars.m_factor, v_sum * scalars.v_factor, scalars.eps) * scalars.lr
+    param = param * scalars.decay
+    param = torch.where(touched, param - update, param)
+    _assign_where_(blocks.param, finite, param)
+    return (~finite).sum()
+
+
+def adamw_step_(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scalars: StepScalars) -> Tensor:
+    """One AdamW step on the dense path, elementwise. In place: ``param`` and both fp32 moments, all (n,).
+
+    An element whose gradient is not finite (see `MAGNITUDE_LIMIT`) is skipped.
+
+    Returns:
+        1 if any element was skipped, else 0; 0-dim int64.
+
+    Source: AdamW, arXiv:1711.05101; the order of operations is ours.
+    """
+    # m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2
+    scaled = grad.float() * scalars.grad_scale
+    finite = scaled.bfloat16().abs() < MAGNITUDE_LIMIT
+    m = exp_avg * scalars.beta1 + scaled * scalars.one_minus_beta1
+    v = exp_avg_sq * scalars.beta2 + (scaled * scaled) * scalars.one_minus_beta2
+
+    # p = p * (1 - lr*wd) - lr * (m_hat / (eps + sqrt(v_hat)))
+    update = adam_direction(m * scalars.m_correction, v * scalars.v_correction, scalars.eps) * scalars.lr
+    new_param = param.float() * scalars.decay - update
+    for old, new in ((param, new_param), (exp_avg, m), (exp_avg_sq, v)):
+        old.copy_(torch.where(finite, new.to(old.dtype), old))
+    return (~finite).any().long()
+
+
+def largest_magnitudes(rounded: Tensor, num_kept: int) -> Tensor:
+    """Positions of the ``num_kept`` largest magnitudes of every row, ties to the lowest index, ascending.
+
+    Args:
+        rounded: (B, n) bf16, n <= 32768.
+
+    Returns:
+        (B, num_kept) int64.
+    """
+    numel = rounded.shape[1]
+    # The bits of a non-negative bf16 order like its value. With the reversed index in the low bits every key is
+    # unique, so Top-K has one answer on every device.
+    magnitude = rounded.view(torch.int16).int() & 0x7FFF
+    key = magnitude * 0x10000 + torch.arange(numel - 1, -1, -1, dtype=torch.int32, device=rounded.device)
+    return key.topk(num_kept, dim=1, sorted=False).indices.sort(dim=1).values
+
+
+def decode_error(codes: Tensor, bucket_lo: Tensor, bucket_hi: Tensor, layout: StateLayout, numel: int) -> Tensor:
+    """The stored error: ``codes * step_q + lo`` with ``step_q = (hi - lo) / levels``.
+
+    Args:
+        codes: (B, code_bytes) uint8.
+        bucket_lo, bucket_hi: (B, q) fp32.
+        numel: n.
+
+    Returns:
+        (B, n) fp32.
+    """
+    bits, bucket_size = layout.config.ef_bits, layout.config.bucket_size
+    unpacked = unpack_codes(codes, bits)[:, :numel].float()
+    # Division by a tensor: dividing by a Python number may be computed as a product with the reciprocal.
+    width = bucket_hi - bucket_lo
+    step_q = width / torch.full_like(width, 2**bits - 1)
+    return unpacked * spread(step_q, bucket_size, numel) + spread(bucket_lo, bucket_size, numel)
+
+
+def encode_error(residual: Tensor, layout: StateLayout) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize: ``lo, hi = bf16(min), bf16(max)`` per bucket, ``codes = clip(rint((a - lo) * (levels / (hi - lo))))``.
+
+    The codes of a bucket are 0 where ``hi == lo`` or the range is so small that ``levels / (hi - lo)`` overflows.
+
+    Args:
+        residual: (B, n) fp32.
+
+    Returns:
+        Codes (B, code_bytes) uint8, lo and hi (B, q) bf16.
+    """
+    bits, bucket_size = layout.config.ef_bits, layout.config.bucket_size
+    levels = 2**bits - 1
+    numel = residual.shape[1]
+    num_buckets = layout.block_num_buckets(numel)
+    # A shorter last bucket is filled up with its last element, which changes neither minimum nor maximum.
+    filling = residual[:, -1:].expand(-1, num_buckets * bucket_size - numel)
+    buckets = torch.cat([residual, filling], dim=1).view(-1, num_buckets, bucket_size)
+    bucket_lo, bucket_hi = buckets.amin(dim=2).bfloat16(), buckets.amax(dim=2).bfloat16()
+    lo, width = bucket_lo.float(), bucket_hi.float() - bucket_lo.float()
+    inverse = torch.full_like(width, levels) / width
+    inverse = torch.where(inverse.isfinite(), inverse, 0.0)
+    scaled = (residual - spread(lo, bucket_size, numel)) * spread(inverse, bucket_size, numel)
+    return pack_codes(scaled.round().clamp(0, levels).byte(), bits), bucket_lo, bucket_hi
+
+
+def adam_direction(m: Tensor, v: Tensor, eps: float) -> Tensor:
+    """``m / (eps + sqrt(v))``."""
+    # sqrt of torch on CPU is not correctly rounded in fp32; a float64 square root rounded to fp32 is exact.
+    return m / (v.double().sqrt().float() + eps)
+
+
+def spread(per_bucket: Tensor, bucket_size: int, numel: int) -> Tensor:
+    """(B, q) -> (B, n): the bucket's number for each of its elements."""
+    return per_bucket.repeat_interleave(bucket_size, dim=1)[:, :numel]
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """(B, n) codes below 2**bits -> (B, ceil(n * bits / 8)) uint8; the first code is in the lowest bits."""
+    per_byte = 8 // bits
+    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % per_byte)).view(codes.shape[0], -1, per_byte)
+    packed = torch.zeros_like(padded[:, :, 0])
+    for i in range(per_byte):
+        packed |= padded[:, :, i] << (bits * i)
+    return packed
+
+
+def unpack_codes(packed: Tensor, bits: int) -> Tensor:
+    """Inverse of `pack_codes`; the length is rounded up to whole bytes."""
+    mask = 2**bits - 1
+    return torch.stack([(packed >> shift) & mask for shift in range(0, 8, bits)], dim=2).flatten(1)
+
+
+def _assign_where_(target: Tensor, blocks: Tensor, new: Tensor) -> None:
+    """Round ``new`` (B, x) to the dtype of ``target`` (rows, cols, x) and store it for the blocks marked in (B, 1)."""
+    shape = target.shape
+    target.copy_(torch.where(blocks.view(shape[0], shape[1], 1), new.to(target.dtype).view(shape), target))

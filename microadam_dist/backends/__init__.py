@@ -1,0 +1,1 @@
+"""Backends: the whole fused step over all tensors of a group."""

@@ -1,0 +1,56 @@
+"""The reference backend: `algorithm.py` over every run of blocks, in pure torch, on any device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..algorithm import adamw_step_, microadam_step_
+from ..config import MicroAdamConfig
+from ..layout import BlockRun
+from ..scalars import StepScalars
+from ..state import block_views
+from .base import TensorStep
+
+# Blocks are independent, so a large run is worked off in pieces to bound the temporaries (about 100 bytes an element).
+CHUNK_NUMEL = 1 << 20
+
+
+class ReferenceBackend:
+    """Runs everywhere torch runs; the oracle of every other backend."""
+
+    name = "reference"
+
+    def check(self, config: MicroAdamConfig, device: torch.device) -> None:
+        """Every valid setting runs on every device."""
+
+    def step(self, tensors: Sequence[TensorStep], config: MicroAdamConfig, grad_scale: float) -> int:
+        """See `Backend.step`."""
+        skipped: list[Tensor] = []
+        for tensor in tensors:
+            scalars = StepScalars.at(tensor.step, config, grad_scale)
+            for run in tensor.layout.runs:
+                for rows in _chunks(run):
+                    blocks = block_views(tensor.layout, run, tensor.param, tensor.grad, tensor.state, rows)
+                    skipped.append(microadam_step_(blocks, tensor.layout, run.num_kept, tensor.step, scalars))
+            for dense in tensor.layout.dense_runs:
+                local = slice(dense.start, dense.start + dense.numel)
+                moments = slice(dense.state_start, dense.state_start + dense.numel)
+                skipped.append(
+                    adamw_step_(
+                        tensor.param[local],
+                        tensor.grad[local],
+                        tensor.state["exp_avg"][moments],
+                        tensor.state["exp_avg_sq"][moments],
+                        scalars,
+                    )
+                )
+        return int(torch.stack(skipped).sum()) if skipped else 0
+
+
+def _chunks(run: BlockRun) -> Iterator[range]:
+    rows_per_chunk = max(1, CHUNK_NUMEL // (run.cols * run.numel))
+    for start in range(0, run.rows, rows_per_chunk):
+        yield range(start, min(start + rows_per_chunk, run.rows))

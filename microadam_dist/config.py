@@ -1,0 +1,148 @@
+"""The settings of one parameter group, validated. Standard library only."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from .errors import ConfigError
+
+SUPPORTED_EF_BITS = (0, 2, 4, 8)
+MIN_BLOCK_SIZE, MAX_BLOCK_SIZE = 64, 32768
+# Below the smallest normal fp32 number eps may round to zero, and 0 / (eps + sqrt(0)) would be NaN.
+MIN_EPS = 2.0**-126
+
+# What the original implementation calls our settings; used in error messages only.
+_ORIGINAL_NAMES = {"m": "window_size", "k_init": "density", "quant_block_size": "bucket_size"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroAdamConfig:
+    """Settings of one parameter group.
+
+    Args:
+        lr: Learning rate, >= 0.
+        betas: Decay rates of the first and second moment, each in [0, 1).
+        eps: Added to the square root of the second moment, > 0.
+        weight_decay: Decoupled weight decay, >= 0.
+        window_size: Number of sparse gradients the moments are computed from, >= 1. With 1 no window is stored.
+        density: Fraction of each block that is kept, in (0, 1].
+        block_size: Longest Top-K block, in elements; a multiple of 8 in 64..32768.
+        bucket_size: Elements that share one quantization range; even, >= 2.
+        ef_bits: Bits of one error-feedback code; 0 switches error feedback off.
+
+    Raises:
+        ConfigError: A setting has the wrong type or is outside its range.
+    """
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    window_size: int = 10
+    density: float = 0.01
+    block_size: int = 4096
+    bucket_size: int = 64
+    ef_bits: int = 4
+
+    def __post_init__(self) -> None:
+        _check_float("lr", self.lr, "a number >= 0", lambda x: x >= 0)
+        if len(self.betas) != 2:
+            raise ConfigError(f"betas={self.betas!r}: expected two numbers in [0, 1).")
+        for i, beta in enumerate(self.betas):
+            _check_float(f"betas[{i}]", beta, "a number in [0, 1)", lambda x: 0 <= x < 1)
+        _check_float("eps", self.eps, "a number > 0 that fp32 can hold (at least 1.2e-38)", lambda x: x >= MIN_EPS)
+        _check_float("weight_decay", self.weight_decay, "a number >= 0", lambda x: x >= 0)
+        _check_float("density", self.density, "a number in (0, 1]", lambda x: 0 < x <= 1)
+        _check_int("window_size", self.window_size, "an integer >= 1", lambda n: n >= 1)
+        _check_int(
+            "block_size",
+            self.block_size,
+            f"a multiple of 8 in {MIN_BLOCK_SIZE}..{MAX_BLOCK_SIZE}",
+            lambda n: MIN_BLOCK_SIZE <= n <= MAX_BLOCK_SIZE and n % 8 == 0,
+        )
+        _check_int("bucket_size", self.bucket_size, "an even integer >= 2", lambda n: n >= 2 and n % 2 == 0)
+        _check_int("ef_bits", self.ef_bits, f"one of {SUPPORTED_EF_BITS}", lambda n: n in SUPPORTED_EF_BITS)
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> MicroAdamConfig:
+        """Build a config from a mapping (a param group, DeepSpeed JSON); keys that are not settings are left alone.
+
+        Raises:
+            ConfigError: A setting has the wrong type or is outside its range.
+        """
+        known = {name: settings[name] for name in SETTING_NAMES if name in settings}
+        for name in ("lr", "eps", "weight_decay", "density"):
+            if name in known:
+                known[name] = _as_float(name, known[name])
+        if "betas" in known:
+            betas = known["betas"]
+            if not isinstance(betas, Sequence) or isinstance(betas, str):
+                raise ConfigError(f"betas={betas!r}: expected two numbers in [0, 1).")
+            known["betas"] = tuple(_as_float("betas", beta) for beta in betas)
+        return cls(**known)
+
+    def num_kept(self, numel: int) -> int:
+        """Number of values kept from a block of ``numel`` elements: ``ceil(density * numel)``, exactly.
+
+        The density is read as the decimal number the user wrote, so that 0.01 of 100 is 1 and not 2.
+        """
+        return math.ceil(Fraction(str(self.density)) * numel)
+
+
+SETTING_NAMES = tuple(field.name for field in dataclasses.fields(MicroAdamConfig))
+
+# The settings that decide shapes of state tensors; they cannot change once state exists.
+STRUCTURAL_SETTINGS = ("window_size", "density", "block_size", "bucket_size", "ef_bits")
+
+
+def reject_unknown_settings(names: Iterable[str], *, misspelled_only: bool = False) -> None:
+    """Raise for names that are no setting.
+
+    Args:
+        names: Keys that were given beside the settings.
+        misspelled_only: Let a key pass unless it looks like a setting written wrongly. Param groups carry keys of
+            other tools (``initial_lr``, ``name``, ...), so only near misses are an error there.
+
+    Raises:
+        ConfigError: Names the key and the setting that was probably meant.
+    """
+    for name in names:
+        if name in SETTING_NAMES:
+            continue
+        meant = _ORIGINAL_NAMES.get(name)
+        if meant is None:
+            close = difflib.get_close_matches(name, SETTING_NAMES, n=1, cutoff=0.8)
+            meant = close[0] if close else None
+        if meant is None and misspelled_only:
+            continue
+        hint = f"did you mean {meant!r}?" if meant else f"the settings are {', '.join(SETTING_NAMES)} and backend."
+        raise ConfigError(f"unknown setting {name!r}: {hint}")
+
+
+def _as_float(name: str, value: Any) -> float:
+    # Some JSON and YAML readers turn 1e-3 into a string, and a learning rate may be a 0-dim tensor.
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{name}={value!r}: expected a number.") from None
+
+
+def _check_float(name: str, value: float, expected: str, in_range: Callable[[float], bool]) -> None:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not math.isfinite(value)
+        or not in_range(value)
+    ):
+        raise ConfigError(f"{name}={value!r}: expected {expected}.")
+
+
+def _check_int(name: str, value: int, expected: str, in_range: Callable[[int], bool]) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not in_range(value):
+        raise ConfigError(f"{name}={value!r}: expected {expected}.")

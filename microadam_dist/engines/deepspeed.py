@@ -1,0 +1,104 @@
+"""DeepSpeed: flat fp32 or bf16 shards (ZeRO-1, 2, 3, BF16_Optimizer) and master copies (stage 0 in 16 bit).
+
+DeepSpeed replaces the parameters in the param groups after construction. What a flat shard holds is read from what it
+leaves on the model's parameters; facts about its internals were measured with deepspeed 0.19.8.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import UnsupportedLayoutError
+from ..layout import ShardSpan
+from .base import NamedParameter, Slot
+
+
+def whitelist(optimizer_class: type) -> None:
+    """Let ZeRO accept the class without ``zero_allow_untested_optimizer``; nothing happens without DeepSpeed."""
+    if "deepspeed" not in sys.modules:
+        return
+    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+
+    if optimizer_class not in ZERO_SUPPORTED_OPTIMIZERS:
+        ZERO_SUPPORTED_OPTIMIZERS.append(optimizer_class)
+
+
+def find_spans(slot: Slot) -> tuple[ShardSpan, ...] | None:
+    """Spans of a flat shard or of a master copy, by what DeepSpeed left on the model's parameters."""
+    if "deepspeed" not in sys.modules:
+        return None
+    model = [named for group in slot.constructed for named in group if named.param.requires_grad]
+    if any(hasattr(named.param, "_z3_optimizer") for named in model):
+        return tuple(_stage3_spans(slot.tensor, model))
+    if any(hasattr(named.param, "_hp_mapping") for named in model):
+        return tuple(_stage1_2_spans(slot.tensor, model))
+    return _master_copy_spans(slot)
+
+
+def _stage3_spans(shard: Tensor, model: Sequence[NamedParameter]) -> Iterator[ShardSpan]:
+    """A sub-group's flat shard holds one interval of each of its parameters, with padding between them.
+
+    The padding is uninitialised memory; it is in no span, so it is never read.
+    """
+    zero = next(named.param._z3_optimizer for named in model if hasattr(named.param, "_z3_optimizer"))
+    sub_group = _index_of(shard, zero.fp32_partitioned_groups_flat)
+    for named in model:
+        param: Any = named.param
+        group, offset, _ = zero.grad_position[zero.get_param_id(param)]
+        if group != sub_group:
+            continue
+        start = dist.get_rank(param.ds_process_group) * param.partition_numel()
+        numel = max(0, min(param.partition_numel(), param.ds_numel - start))
+        yield ShardSpan(named.fqn, tuple(param.ds_shape), min(start, param.ds_numel), numel, offset)
+
+
+def _stage1_2_spans(shard: Tensor, model: Sequence[NamedParameter]) -> Iterator[ShardSpan]:
+    """A group's flat shard is one rank's share of a buffer in which the group's parameters follow each other.
+
+    The model's parameters are views into that buffer. `_hp_mapping` tells which buffer belongs to the shard; its
+    offsets are not used because they are wrong with ``round_robin_gradients``.
+    """
+    shard_storage = shard.untyped_storage().data_ptr()
+    owner: Any = next(
+        (
+            named.param
+            for named in model
+            if (mapping := getattr(named.param, "_hp_mapping", None)) is not None
+            and mapping.hp_fragment.untyped_storage().data_ptr() == shard_storage
+        ),
+        None,
+    )
+    if owner is None:
+        return  # this rank's share of the buffer is padding only
+    buffer = owner.untyped_storage().data_ptr()
+    shard_start = dist.get_rank(owner._dp_group) * shard.numel()
+    shard_end = shard_start + shard.numel()
+    members = [named for named in model if named.param.untyped_storage().data_ptr() == buffer]
+    for named in sorted(members, key=lambda named: named.param.storage_offset()):
+        begin = int(named.param.storage_offset())
+        start, end = max(begin, shard_start), min(begin + named.param.numel(), shard_end)
+        if start < end:
+            yield ShardSpan(named.fqn, tuple(named.param.shape), start - begin, end - start, start - shard_start)
+
+
+def _master_copy_spans(slot: Slot) -> tuple[ShardSpan, ...] | None:
+    """Stage 0 in bf16 or fp16: an fp32 clone of every trainable parameter, in the order of the group."""
+    trainable = [named for named in slot.constructed[slot.group] if named.param.requires_grad]
+    if len(trainable) != slot.group_size or trainable[slot.position].param.shape != slot.tensor.shape:
+        return None
+    return (ShardSpan(trainable[slot.position].fqn, tuple(slot.tensor.shape), start=0, numel=slot.tensor.numel()),)
+
+
+def _index_of(tensor: Tensor, tensors: Sequence[Tensor]) -> int:
+    for index, candidate in enumerate(tensors):
+        if candidate is tensor:
+            return index
+    raise UnsupportedLayoutError(
+        f"a tensor of {tensor.numel()} elements is none of DeepSpeed's ZeRO-3 sub-groups. This DeepSpeed version may "
+        "lay out its shards in another way than the tested one (0.19.8)."
+    )

@@ -1,0 +1,358 @@
+"""MicroAdam as a `torch.optim.Optimizer`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
+from typing import Any, NamedTuple, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT, StateDict
+
+from .backends.base import TensorStep, select_backend
+from .config import STRUCTURAL_SETTINGS, MicroAdamConfig, reject_unknown_settings
+from .engines.base import NamedParameter, Slot, engines, find_spans
+from .errors import CheckpointMismatchError, ConfigError, UnsupportedLayoutError
+from .layout import StateLayout
+from .state import allocate_state, state_specs
+
+# Beside "state" and "param_groups" a state dict carries this entry; see `MicroAdam.state_dict`.
+LAYOUT_KEY = "microadam"
+STATE_FORMAT = 1
+
+_PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class StateBytes(NamedTuple):
+    """What this rank has allocated: parameters and bytes of state on the Top-K path and on the dense (AdamW) path."""
+
+    sparse_numel: int
+    sparse_bytes: int
+    dense_numel: int
+    dense_bytes: int
+
+
+class MicroAdam(Optimizer):
+    """Adam with about one byte of state a parameter.
+
+    Keeps a 4-bit error feedback and a window of the last sparse Top-K gradients, from which the moments are recomputed
+    at every step. Vectors and small matrices (norms, biases) take AdamW with fp32 moments.
+
+    Args:
+        params: Parameters, named parameters or param groups; fp32, bf16 or fp16. Every setting but ``backend`` may be
+            given per group.
+        lr, betas, eps, weight_decay: As in `torch.optim.AdamW`.
+        window_size: Number of sparse gradients kept (``m`` in the paper). 1 stores no window at all.
+        density: Fraction of each block kept by Top-K (``k_init``).
+        block_size: Longest Top-K block.
+        bucket_size: Elements that share one quantization range (``quant_block_size``).
+        ef_bits: Bits of one error-feedback code: 0 (off), 2, 4 or 8.
+        backend: ``"auto"`` or the name of a backend; a named one never falls back to another.
+
+    Raises:
+        ConfigError: A setting is unknown or outside its range, or a parameter has an unsupported dtype.
+
+    Source: MicroAdam, arXiv:2405.15593.
+    """
+
+    # GradScaler hands over its scale and overflow flag instead of rewriting the gradients.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        window_size: int = 10,
+        density: float = 0.01,
+        block_size: int = 4096,
+        bucket_size: int = 64,
+        ef_bits: int = 4,
+        backend: str = "auto",
+        **unknown: Any,
+    ) -> None:
+        reject_unknown_settings(unknown)
+        defaults: dict[str, Any] = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "window_size": window_size,
+            "density": density,
+            "block_size": block_size,
+            "bucket_size": bucket_size,
+            "ef_bits": ef_bits,
+        }
+        MicroAdamConfig.from_dict(defaults)
+        self._backend = select_backend(backend)
+        self._constructed: list[list[NamedParameter]] = []
+        self._layouts: dict[Tensor, StateLayout] = {}
+        self._num_nonfinite_blocks = 0
+        super().__init__(params, defaults)
+        for engine in engines():
+            engine.whitelist(type(self))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its own settings override the defaults.
+
+        Raises:
+            ConfigError: A setting or a parameter's dtype is not supported.
+        """
+        keys = [key for key in param_group if key not in ("params", "param_names")]
+        reject_unknown_settings(keys, misspelled_only=True)
+        config = MicroAdamConfig.from_dict({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        first = sum(len(members) for members in self._constructed)
+        names = group.get("param_names") or [str(first + i) for i in range(len(group["params"]))]
+        try:
+            for name, param in zip(names, group["params"], strict=True):
+                if param.dtype not in _PARAM_DTYPES:
+                    raise ConfigError(f"parameter {name!r} is {param.dtype}; MicroAdam trains fp32, bf16, fp16.")
+                self._backend.check(config, param.device)
+        except Exception:
+            self.param_groups.pop()
+            raise
+        self._constructed.append([NamedParameter(*pair) for pair in zip(names, group["params"], strict=True)])
+
+    @property
+    def num_nonfinite_blocks(self) -> int:
+        """Blocks skipped so far on this rank because of a NaN, an Inf or a magnitude of 2**60 in the accumulator."""
+        return self._num_nonfinite_blocks
+
+    def state_bytes(self) -> StateBytes:
+        """State this rank holds now, as allocated (step counters not counted)."""
+        totals = [0, 0, 0, 0]
+        for tensor, layout in self._layouts.items():
+            nbytes = {name: self.state[tensor][name].nbytes for name in layout.tensors}
+            dense = sum(size for name, size in nbytes.items() if name.startswith("exp_"))
+            parts = (layout.sparse_numel, sum(nbytes.values()) - dense, layout.dense_numel, dense)
+            totals = [total + part for total, part in zip(totals, parts, strict=True)]
+        return StateBytes(*totals)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient; the gradients are read, never overwritten.
+
+        The very first call with nothing but zero gradients only allocates the state: DeepSpeed and
+        `torch.distributed.checkpoint` make such a call to see the state, and it must not count as a step.
+
+        Args:
+            closure: Evaluates the model again and returns the loss.
+
+        Raises:
+            UnsupportedLayoutError: A parameter is sharded in a way that is not supported. Nothing has been changed.
+            ConfigError: A setting was changed to an invalid one. Nothing has been changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
+        found_inf: Tensor | None = getattr(self, "found_inf", None)  # both are set by GradScaler for this call only
+        loss_scale: Tensor | None = getattr(self, "grad_scale", None)
+        if found_inf is not None and found_inf.item():
+            return loss
+        grad_scale = 1.0 if loss_scale is None else 1.0 / loss_scale.item()
+
+        groups = [
+            (MicroAdamConfig.from_dict(group), [p for p in group["params"] if p.grad is not None])
+            for group in self.param_groups
+        ]
+        tensors = [p for _, members in groups for p in members]
+        is_first_call = not self._layouts
+        self._create_missing_state(tensors)
+        if is_first_call and not any(bool(p.grad.any()) for p in tensors):
+            return loss
+
+        num_skipped = 0
+        for config, members in groups:
+            num_skipped += self._step_group(members, config, grad_scale)
+        self._count_nonfinite(num_skipped)
+        return loss
+
+    def _step_group(self, members: Sequence[Tensor], config: MicroAdamConfig, grad_scale: float) -> int:
+        steps, copies = [], []
+        for p in members:
+            assert p.grad is not None  # for mypy; selected in step()
+            local = p.detach()
+            flat = local.contiguous().view(-1)  # a copy where the parameter is not row-major in memory
+            if flat.data_ptr() != local.data_ptr():
+                copies.append((local, flat))
+            state = self.state[p]
+            grad = p.grad.contiguous().view(-1)
+            steps.append(TensorStep(flat, grad, state, self._layouts[p], int(state["step"])))
+        num_skipped = self._backend.step(steps, config, grad_scale)
+        for local, flat in copies:
+            local.copy_(flat.view(local.shape))
+        for p in members:
+            self.state[p]["step"] += 1
+        return num_skipped
+
+    def _count_nonfinite(self, num_blocks: int) -> None:
+        if num_blocks and not self._num_nonfinite_blocks:
+            warnings.warn(
+                f"MicroAdam skipped {num_blocks} blocks whose gradient or error feedback is not finite (NaN, Inf or "
+                "above 2**60); their weights and state are unchanged. Further ones are only counted, in "
+                "optimizer.num_nonfinite_blocks. If they keep coming, check the loss or clip the gradients.",
+                stacklevel=3,
+            )
+        self._num_nonfinite_blocks += num_blocks
+
+    # ---------------------------------------------------------------- layout and state
+
+    def _find_layouts(self, tensors: Iterable[Tensor]) -> dict[Tensor, StateLayout]:
+        """Layouts of those tensors (all in the param groups) that have none yet; changes nothing."""
+        wanted = {tensor for tensor in tensors if tensor not in self._layouts}
+        layouts = {}
+        for group_index, group in enumerate(self.param_groups):
+            config = None
+            for position, tensor in enumerate(group["params"]):
+                if tensor in wanted:
+                    config = config or MicroAdamConfig.from_dict(group)
+                    slot = Slot(tensor, group_index, position, len(group["params"]), self._constructed)
+                    layouts[tensor] = StateLayout(find_spans(slot), config)
+        return layouts
+
+    def _create_missing_state(self, tensors: Sequence[Tensor]) -> None:
+        for p in tensors:
+            if p.grad is not None and p.grad.is_sparse:
+                raise UnsupportedLayoutError(
+                    f"a parameter of shape {tuple(p.shape)} has a sparse gradient; use an embedding with sparse=False."
+                )
+        layouts = self._find_layouts(tensors)
+        for p, layout in layouts.items():
+            self._backend.check(layout.config, p.device)
+        for p, layout in layouts.items():
+            self.state[p] = {"step": torch.zeros((), dtype=torch.int64), **allocate_state(layout, p.device)}
+            self._layouts[p] = layout
+
+    # ---------------------------------------------------------------- state dict
+
+    def state_dict(self) -> StateDict:
+        """The state as torch's optimizers give it, and under ``"microadam"`` what each tensor's state describes.
+
+        ``{"format": 1, "spans": {index: [(fqn, global_shape, start, numel, offset), ...]}}``: with it a checkpoint
+        that was written for another sharding is recognized when it is loaded.
+        """
+        state_dict = super().state_dict()
+        spans = {
+            index: [(s.fqn, s.global_shape, s.start, s.numel, s.offset) for s in self._layouts[p].spans]
+            for index, p in enumerate(chain.from_iterable(group["params"] for group in self.param_groups))
+            if p in self._layouts
+        }
+        state_dict[LAYOUT_KEY] = {"format": STATE_FORMAT, "spans": spans}
+        return state_dict
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Load a state dict bit for bit; state belongs to parameters by position, whatever their keys.
+
+        Raises:
+            CheckpointMismatchError: The state does not fit. The optimizer is left as it was.
+        """
+        groups, saved_state = state_dict["param_groups"], state_dict["state"]
+        tensors = self._match_groups(groups)
+        keys = list(chain.from_iterable(group["params"] for group in groups))
+        position = {key: index for index, key in enumerate(keys)}
+        loaded = {tensors[position[key]]: state for key, state in saved_state.items() if key in position}
+
+        layouts = {**self._layouts, **self._find_layouts(loaded)}
+        self._match_spans(state_dict.get(LAYOUT_KEY), tensors, layouts)
+        for key, index in position.items():
+            if key in saved_state:
+                p = tensors[index]
+                _match_state(saved_state[key], layouts[p], f"parameter {index} of shape {tuple(p.shape)}")
+
+        # The base class would cast every tensor to the parameter's dtype, which turns codes and indices into rubbish:
+        # it gets the groups alone.
+        super().load_state_dict({"state": {}, "param_groups": groups})
+        self._layouts = {p: layouts[p] for p in loaded}
+        for p, state in loaded.items():
+            self.state[p] = {"step": state["step"].to("cpu", copy=True)}
+            for name in layouts[p].tensors:
+                self.state[p][name] = state[name].to(p.device, copy=True)
+
+    def _match_groups(self, groups: Sequence[Mapping[str, Any]]) -> list[Tensor]:
+        """The tensors of all groups in order, after a check that the saved groups have the same form and settings."""
+        saved_sizes = [len(group["params"]) for group in groups]
+        sizes = [len(group["params"]) for group in self.param_groups]
+        if saved_sizes != sizes:
+            raise CheckpointMismatchError(
+                f"the checkpoint has param groups of {saved_sizes} parameters, this optimizer of {sizes}. Build the "
+                "optimizer with the same groups as when the checkpoint was written."
+            )
+        for index, (saved, group) in enumerate(zip(groups, self.param_groups, strict=True)):
+            for name in STRUCTURAL_SETTINGS:
+                if name not in saved:
+                    raise CheckpointMismatchError(
+                        f"param group {index} of the checkpoint has no {name!r}: it was not written by MicroAdam."
+                    )
+                if saved[name] != group[name]:
+                    raise CheckpointMismatchError(
+                        f"param group {index} of the checkpoint has {name}={saved[name]}, this optimizer "
+                        f"{group[name]}. State cannot be converted; construct the optimizer with {name}={saved[name]}."
+                    )
+        return list(chain.from_iterable(group["params"] for group in self.param_groups))
+
+    def _match_spans(
+        self, saved: Mapping[str, Any] | None, tensors: Sequence[Tensor], layouts: Mapping[Tensor, StateLayout]
+    ) -> None:
+        """Refuse state of another shard of the parameter; names are not compared, they depend on how it was built."""
+        if saved is None:  # written through a tool that passes on "state" and "param_groups" only
+            return
+        if saved["format"] != STATE_FORMAT:
+            raise CheckpointMismatchError(
+                f"the checkpoint has state format {saved['format']}, this version reads {STATE_FORMAT}. "
+                "Load it with the version of microadam_dist that wrote it."
+            )
+        for index, spans in saved["spans"].items():
+            layout = layouts.get(tensors[int(index)])
+            if layout is None:
+                continue
+            expected = [(s.global_shape, s.start, s.numel, s.offset) for s in layout.spans]
+            got = [(tuple(shape), start, numel, offset) for _, shape, start, numel, offset in spans]
+            if got != expected:
+                pairs = zip(got, expected, strict=False)
+                theirs, ours = next((pair for pair in pairs if pair[0] != pair[1]), (got, expected))
+                raise CheckpointMismatchError(
+                    f"the checkpoint's state of parameter {index} describes another shard: (shape, start, length, "
+                    f"offset) {theirs}, here {ours}. It was written with another number of ranks, another sharding or "
+                    "for another model; resume with the same number of ranks."
+                )
+
+    # ---------------------------------------------------------------- pickling
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_backend", "_constructed", "_layouts", "_num_nonfinite_blocks")
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
+
+
+def _match_state(state: Mapping[str, Any], layout: StateLayout, describe: str) -> None:
+    """Refuse state whose tensors are not exactly those of the layout."""
+    expected = {"step", *layout.tensors}
+    if set(state) != expected:
+        raise CheckpointMismatchError(
+            f"the checkpoint's state of {describe} has {sorted(state)}, expected {sorted(expected)}. "
+            "It was written by another optimizer or for a parameter of another shape."
+        )
+    for name, (dtype, numel) in {"step": (torch.int64, None), **state_specs(layout)}.items():
+        got = state[name]
+        shape = () if numel is None else (numel,)
+        if not isinstance(got, Tensor) or got.dtype != dtype or got.shape != shape:
+            found = f"{got.dtype} {tuple(got.shape)}" if isinstance(got, Tensor) else repr(got)
+            raise CheckpointMismatchError(
+                f"the checkpoint's {name!r} of {describe} is {found}, expected {dtype} {shape}. "
+                "It was written for another model, sharding or settings; resume with the same ones."
+            )

@@ -1,0 +1,69 @@
+"""The scalars of one step, the same for every backend. Standard library only."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from .config import MicroAdamConfig
+
+# Ours: a block whose accumulator holds a NaN, an Inf or a magnitude of 2**60 or more (after rounding to bf16) is
+# skipped. Below it no product, square or bucket range of the step can overflow, so no NaN can enter the state.
+MAGNITUDE_LIMIT = 2.0**60
+
+
+def round_to_fp32(x: float) -> float:
+    """The fp32 number nearest to a float64."""
+    return float(struct.unpack("f", struct.pack("f", x))[0])
+
+
+@dataclass(frozen=True)
+class StepScalars:
+    """The scalars of one step, each rounded once from float64 to fp32.
+
+    Attributes:
+        grad_scale: Factor on the gradient (1 / loss scale).
+        decay: 1 - lr * weight_decay.
+        m_weights, v_weights: b1^r and b2^r by age r, 0 = newest; as many as there are valid slots.
+        m_factor, v_factor: (1 - b1) / (1 - b1^t) and the same with b2 (window sums to bias-corrected moments).
+        m_correction, v_correction: 1 / (1 - b1^t) and the same with b2 (dense path).
+    """
+
+    lr: float
+    eps: float
+    decay: float
+    grad_scale: float
+    beta1: float
+    beta2: float
+    one_minus_beta1: float
+    one_minus_beta2: float
+    m_weights: tuple[float, ...]
+    v_weights: tuple[float, ...]
+    m_factor: float
+    v_factor: float
+    m_correction: float
+    v_correction: float
+
+    @classmethod
+    def at(cls, step: int, config: MicroAdamConfig, grad_scale: float) -> StepScalars:
+        """Scalars of the update that follows ``step`` finished ones."""
+        t = step + 1
+        ages = range(min(t, config.window_size))
+        beta1, beta2 = config.betas
+        f32 = round_to_fp32
+        return cls(
+            lr=f32(config.lr),
+            eps=f32(config.eps),
+            decay=f32(1 - config.lr * config.weight_decay),
+            grad_scale=f32(grad_scale),
+            beta1=f32(beta1),
+            beta2=f32(beta2),
+            one_minus_beta1=f32(1 - beta1),
+            one_minus_beta2=f32(1 - beta2),
+            m_weights=tuple(f32(beta1**age) for age in ages),
+            v_weights=tuple(f32(beta2**age) for age in ages),
+            m_factor=f32((1 - beta1) / (1 - beta1**t)),
+            v_factor=f32((1 - beta2) / (1 - beta2**t)),
+            m_correction=f32(1 / (1 - beta1**t)),
+            v_correction=f32(1 / (1 - beta2**t)),
+        )

@@ -1,0 +1,88 @@
+"""Allocates what `StateLayout` says and names the views of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .layout import BlockRun, Extent, StateLayout
+
+_TORCH_DTYPES = {"uint8": torch.uint8, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def state_specs(layout: StateLayout) -> dict[str, tuple[torch.dtype, int]]:
+    """Name -> (dtype, number of elements) of the state tensors of one local tensor."""
+    return {name: (_TORCH_DTYPES[dtype], numel) for name, (dtype, numel) in layout.tensors.items()}
+
+
+def allocate_state(layout: StateLayout, device: torch.device) -> dict[str, Tensor]:
+    """All-zero state: codes and ranges of zero decode to a zero error, the window is empty, the moments are zero."""
+    return {
+        name: torch.zeros(numel, dtype=dtype, device=device) for name, (dtype, numel) in state_specs(layout).items()
+    }
+
+
+@dataclass(frozen=True)
+class BlockViews:
+    """Strided views of what belongs to some rows of one `BlockRun`; writing to them writes to the state.
+
+    Attributes:
+        param: (rows, cols, numel), dtype of the parameter.
+        grad: (rows, cols, numel), dtype of the gradient.
+        codes: (rows, cols, code_bytes) uint8, or None without error feedback.
+        bucket_lo, bucket_hi: (rows, cols, num_buckets) bf16, or None without error feedback.
+        indices: (rows, cols, window_size, num_kept) int16, or None when no window is stored.
+        values: (rows, cols, window_size, num_kept) bf16, or None when no window is stored.
+    """
+
+    param: Tensor
+    grad: Tensor
+    codes: Tensor | None
+    bucket_lo: Tensor | None
+    bucket_hi: Tensor | None
+    indices: Tensor | None
+    values: Tensor | None
+
+
+def block_views(
+    layout: StateLayout, run: BlockRun, param: Tensor, grad: Tensor, state: Mapping[str, Tensor], rows: range
+) -> BlockViews:
+    """Views of the blocks in ``rows`` of ``run``.
+
+    Args:
+        layout: The layout ``run`` comes from.
+        run: Blocks of equal length.
+        param: Flat, contiguous local tensor.
+        grad: Its gradient, flat and contiguous.
+        state: The flat state tensors, by name.
+        rows: Consecutive rows of the run.
+    """
+
+    def view(tensor: Tensor, extent: Extent) -> Tensor:
+        return tensor.as_strided(
+            (len(rows), run.cols, extent.size),
+            (extent.row_stride, extent.size, 1),
+            tensor.storage_offset() + extent.start + rows.start * extent.row_stride,
+        )
+
+    def window_view(tensor: Tensor) -> Tensor:
+        slots, kept = layout.config.window_size, run.kept
+        return tensor.as_strided(
+            (len(rows), run.cols, slots, run.num_kept),
+            (slots * kept.row_stride, slots * run.num_kept, run.num_kept, 1),
+            tensor.storage_offset() + slots * (kept.start + rows.start * kept.row_stride),
+        )
+
+    has_error_feedback = layout.config.ef_bits > 0
+    return BlockViews(
+        param=view(param, run.elements),
+        grad=view(grad, run.elements),
+        codes=view(state["codes"], run.codes) if has_error_feedback else None,
+        bucket_lo=view(state["bucket_lo"], run.buckets) if has_error_feedback else None,
+        bucket_hi=view(state["bucket_hi"], run.buckets) if has_error_feedback else None,
+        indices=window_view(state["indices"].view(torch.int16)) if layout.has_window else None,
+        values=window_view(state["values"]) if layout.has_window else None,
+    )
