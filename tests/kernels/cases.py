@@ -1,0 +1,202 @@
+"""The case table every backend is run on, and the code that runs one case."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from microadam_dist.backends.base import Backend, TensorStep
+from microadam_dist.config import MicroAdamConfig
+from microadam_dist.layout import ShardSpan, StateLayout
+from microadam_dist.state import allocate_state
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+PADDING = 7  # elements before, between and after the spans; they hold NaN and must not be read or written
+
+
+def normal(generator: torch.Generator, numel: int, step: int) -> Tensor:
+    """Gradients over several orders of magnitude."""
+    scale = torch.randn(numel, generator=generator).mul(2).exp()
+    return torch.randn(numel, generator=generator) * scale
+
+
+def constant(generator: torch.Generator, numel: int, step: int) -> Tensor:
+    """All keys tie and every bucket has hi == lo in the first step."""
+    return torch.full((numel,), 0.25)
+
+
+def ties(generator: torch.Generator, numel: int, step: int) -> Tensor:
+    """Five different values: the k-th key is shared by hundreds of elements."""
+    return torch.randint(-2, 3, (numel,), generator=generator).float()
+
+
+def zeros(generator: torch.Generator, numel: int, step: int) -> Tensor:
+    """Nothing but zeros, negative ones among them."""
+    return torch.where(torch.arange(numel) % 3 == 0, -0.0, 0.0)
+
+
+def sparse_rows(generator: torch.Generator, numel: int, step: int) -> Tensor:
+    """An embedding: most stretches get no gradient."""
+    alive = torch.arange(numel) // 97 % 31 == step % 31
+    return torch.where(alive, torch.randn(numel, generator=generator), 0.0)
+
+
+def tiny(generator: torch.Generator, numel: int, step: int) -> Tensor:
+    """Subnormal numbers, and bucket ranges so small that 15 / range overflows."""
+    return torch.randn(numel, generator=generator) * 1e-38
+
+
+def nonfinite(generator: torch.Generator, numel: int, step: int) -> Tensor:
+    """NaN, Inf, -Inf or a magnitude that is skipped, in every third step, at one place."""
+    grad = torch.randn(numel, generator=generator)
+    if step % 3 == 1 and numel:
+        place = int(torch.randint(numel, (1,), generator=generator))
+        grad[place] = (math.nan, math.inf, -math.inf, 1e19, 3e38, -(2.0**60))[step // 3 % 6]
+    return grad
+
+
+def below_limit(generator: torch.Generator, numel: int, step: int) -> Tensor:
+    """Magnitudes just below the limit of what is skipped."""
+    return torch.randn(numel, generator=generator).sign() * (2.0**60 - 2.0**52)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run of a backend: parameter spans in one local tensor, dtypes, settings and gradients."""
+
+    name: str
+    spans: tuple[tuple[tuple[int, ...], int, int], ...]  # (global shape, start, numel)
+    param_dtype: torch.dtype = FP32
+    grad_dtype: torch.dtype = FP32
+    settings: dict[str, Any] = field(default_factory=dict)
+    gradient: Callable[[torch.Generator, int, int], Tensor] = normal
+    num_steps: int = 6
+    grad_scale: float = 1.0
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def config(self) -> MicroAdamConfig:
+        return MicroAdamConfig(**{"lr": 1e-2, "block_size": 256, "density": 0.05, "window_size": 4, **self.settings})
+
+    @property
+    def layout(self) -> StateLayout:
+        spans, offset = [], PADDING
+        for i, (shape, start, numel) in enumerate(self.spans):
+            spans.append(ShardSpan(str(i), shape, start, numel, offset))
+            offset += numel + PADDING
+        return StateLayout(tuple(spans), self.config)
+
+
+def whole(*shape: int) -> tuple[tuple[tuple[int, ...], int, int], ...]:
+    return ((shape, 0, math.prod(shape)),)
+
+
+def part(shape: tuple[int, ...], start: int, numel: int) -> tuple[tuple[tuple[int, ...], int, int], ...]:
+    return ((shape, start, numel),)
+
+
+def _table() -> list[Case]:
+    window1 = {"window_size": 1, "density": 0.1}
+    paper = {"block_size": 4096, "window_size": 10, "density": 0.01}
+    cases = [Case(f"{g.__name__}", whole(20, 256), gradient=g, num_steps=9) for g in _GRADIENTS]
+    cases += [Case(f"{g.__name__}-window1", whole(20, 256), gradient=g, settings=window1) for g in _GRADIENTS]
+    # dtypes of weights and gradients, with weight decay and a loss scale
+    for p in (FP32, BF16, FP16):
+        for g in (FP32, BF16, FP16, torch.float64):
+            if g == torch.float64 and p != FP32:
+                continue
+            name = f"{str(p)[6:]}-{str(g)[6:]}"
+            cases.append(Case(name, whole(17, 300), p, g, {"weight_decay": 0.1}, grad_scale=0.125))
+    # lengths around a block, odd rows, short last blocks, rows that do not divide
+    for row in (65, 71, 255, 256, 257, 263, 511, 1000, 1001):
+        cases.append(Case(f"row-{row}", whole(64, row), BF16, BF16, {"weight_decay": 0.01}))
+    cases += [
+        Case("paper-default", whole(2, 4096), settings=paper, num_steps=12),
+        Case("paper-default-odd", whole(3, 5003), BF16, BF16, paper, num_steps=12),
+        Case("one-row", whole(1, 5000)),
+        Case("conv", whole(32, 16, 3, 3), BF16, FP32),
+        Case("dense-vector", whole(300), settings={"weight_decay": 0.1}),
+        Case("dense-vector-nonfinite", whole(300), BF16, BF16, gradient=nonfinite, num_steps=9),
+        Case("dense-small-matrix", whole(63, 65), FP16, FP16),
+        Case("empty-span", part((64, 80), 640, 0)),
+        Case("one-element", part((64, 80), 641, 1)),
+        Case("fragments", part((64, 300), 333, 4001), settings={"weight_decay": 0.1}),
+        Case("fragments-bf16", part((64, 1001), 517, 5555), BF16, BF16),
+        Case("fragment-inside-a-block", part((64, 256), 259, 101), BF16, FP32),
+        Case(
+            "flat-shard",
+            (((64, 300), 9000, 10200), ((300,), 0, 300), ((64, 80), 0, 5120), ((70,), 5, 0), ((64, 64), 0, 1000)),
+            settings={"weight_decay": 0.1},
+        ),
+        Case("all-kept", whole(20, 256), settings={"density": 1.0}),
+        Case("half-kept", whole(20, 256), settings={"density": 0.5, "window_size": 3}),
+        Case("one-kept", whole(20, 256), settings={"density": 1e-6}),
+        Case("long-window", whole(20, 256), settings={"window_size": 20}, num_steps=25),
+        Case("bucket-of-a-block", whole(20, 256), settings={"bucket_size": 256}),
+        Case("bucket-over-a-block", whole(20, 250), settings={"bucket_size": 1024}),
+        Case("bucket-2", whole(20, 256), settings={"bucket_size": 2}),
+        Case("bucket-odd-fit", whole(20, 256), settings={"bucket_size": 22}),
+        Case("betas-zero", whole(20, 256), settings={"betas": (0.0, 0.0)}),
+        Case("lr-zero", whole(20, 256), settings={"lr": 0.0, "weight_decay": 0.1}),
+    ]
+    for bits in (0, 2, 8):
+        settings = {"ef_bits": bits}
+        cases += [
+            Case(f"ef{bits}", whole(20, 256), settings=settings, num_steps=9),
+            Case(f"ef{bits}-fragments", part((64, 301), 333, 4001), BF16, BF16, settings),
+            Case(f"ef{bits}-nonfinite", whole(20, 256), settings=settings, gradient=nonfinite, num_steps=9),
+        ]
+    return cases
+
+
+_GRADIENTS = (normal, constant, ties, zeros, sparse_rows, tiny, nonfinite, below_limit)
+CASES = _table()
+
+
+@dataclass
+class Snapshot:
+    """What a backend left behind after a step."""
+
+    param: Tensor
+    state: dict[str, Tensor]
+    num_nonfinite: int
+
+
+def make_inputs(case: Case) -> tuple[Tensor, list[Tensor]]:
+    """The local tensor and one gradient a step; everything outside the spans is NaN."""
+    generator = torch.Generator().manual_seed(sum(map(ord, case.name)))
+    spans = case.layout.spans
+    local_numel = spans[-1].offset + spans[-1].numel + PADDING
+    param = torch.full((local_numel,), math.nan, dtype=case.param_dtype)
+    for span in spans:
+        param[span.offset : span.offset + span.numel] = torch.randn(span.numel, generator=generator).to(case.param_dtype)
+    grads = []
+    for step in range(case.num_steps):
+        grad = torch.full((local_numel,), math.nan, dtype=case.grad_dtype)
+        for span in spans:
+            values = case.gradient(generator, span.numel, step)
+            grad[span.offset : span.offset + span.numel] = values.to(case.grad_dtype)
+        grads.append(grad)
+    return param, grads
+
+
+def run_case(case: Case, backend: Backend) -> list[Snapshot]:
+    """Run all steps of a case and snapshot parameter and state after each."""
+    param, grads = make_inputs(case)
+    layout = case.layout
+    state = allocate_state(layout, param.device)
+    snapshots = []
+    for step, grad in enumerate(grads):
+        before = grad.clone()
+        tensor = TensorStep(param, grad, state, layout, step)
+        num_nonfinite = backend.step([tensor], case.config, case.grad_scale)
+        assert torch.equal(grad.view(torch.uint8), before.view(torch.uint8)), "the gradient was overwritten"
+        snapshots.append(Snapshot(param.clone(), {name: t.clone() for name, t in state.items()}, num_nonfinite))
+    return snapshots

@@ -1,0 +1,152 @@
+"""MicroAdam once more, one number at a time in NumPy: slow, and sharing nothing with the package but the paper.
+
+Written from the algorithm's description. Blocks are found by walking over the elements, codes are kept unpacked, the
+window is a list of dictionaries, moments are summed one coordinate at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+F32 = np.float32
+
+
+def to_bf16(x: np.float32) -> np.float32:
+    """Round to the nearest bf16, ties to even."""
+    if np.isnan(x):
+        return x
+    bits = int(np.array(x, F32).view(np.uint32))
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+    return F32(np.array(bits, np.uint32).view(F32))
+
+
+def to_dtype(x: np.float32, dtype: str) -> np.float32:
+    if dtype == "bfloat16":
+        return to_bf16(x)
+    return F32(np.float16(x)) if dtype == "float16" else F32(x)
+
+
+@dataclass
+class Block:
+    """One Top-K block: the places of its elements in the local tensor, its error and its window."""
+
+    places: list[int]
+    codes: list[int]
+    lo: list[np.float32]
+    hi: list[np.float32]
+    slots: dict[int, list[tuple[int, np.float32]]] = field(default_factory=dict)
+
+
+class ScalarMicroAdam:
+    """One local tensor that holds spans ``(global_shape, start, numel, offset)``."""
+
+    def __init__(self, spans: list[tuple[tuple[int, ...], int, int, int]], settings: Any, dtype: str) -> None:
+        self.s, self.dtype = settings, dtype
+        self.blocks: list[Block] = []
+        self.dense: list[list[int]] = []
+        for shape, start, numel, offset in spans:
+            if len(shape) < 2 or math.prod(shape) < 4096 or math.prod(shape) // shape[0] < 64:
+                self.dense.append(list(range(offset, offset + numel)))
+                continue
+            length = self._block_length(math.prod(shape) // shape[0])
+            row_numel = math.prod(shape) // shape[0]
+            previous = None
+            for i in range(numel):
+                row, column = divmod(start + i, row_numel)
+                block_id = (row, column // length)
+                if block_id != previous:
+                    self.blocks.append(Block([], [], [], []))
+                    previous = block_id
+                self.blocks[-1].places.append(offset + i)
+        for block in self.blocks:
+            num_buckets = math.ceil(len(block.places) / self.s.bucket_size)
+            block.codes = [0] * len(block.places)
+            block.lo, block.hi = [F32(0)] * num_buckets, [F32(0)] * num_buckets
+        self.m = {place: F32(0) for span in self.dense for place in span}
+        self.v = dict(self.m)
+
+    def _block_length(self, row: int) -> int:
+        fewest = math.ceil(row / self.s.block_size)
+        for n in range(fewest, 4 * fewest + 1):
+            if row % (8 * n) == 0:
+                return row // n
+        return min(row, 8 * math.ceil(Fraction(row, 8 * fewest)))
+
+    def step(self, param: np.ndarray, grad: np.ndarray, step: int, grad_scale: float) -> int:
+        """Update ``param`` (fp32 numbers that fit the dtype) in place; ``grad`` is fp32. Returns skipped blocks."""
+        with np.errstate(all="ignore"):
+            skipped = sum(self._step_block(block, param, grad, step, F32(grad_scale)) for block in self.blocks)
+            return skipped + sum(self._step_dense(places, param, grad, step, F32(grad_scale)) for places in self.dense)
+
+    def _step_block(self, block: Block, param: np.ndarray, grad: np.ndarray, step: int, grad_scale: np.float32) -> int:
+        s, n = self.s, len(block.places)
+        k = math.ceil(Fraction(str(s.density)) * n)
+        levels = F32(2**s.ef_bits - 1)
+        slot = step % s.window_size
+
+        a = []
+        for i, place in enumerate(block.places):
+            value = F32(grad[place]) * grad_scale
+            if s.ef_bits:
+                bucket = i // s.bucket_size
+                step_q = F32(block.hi[bucket] - block.lo[bucket]) / levels
+                value = value + (F32(block.codes[i]) * step_q + block.lo[bucket])
+            a.append(F32(value))
+
+        keys = [abs(to_bf16(x)) for x in a]
+        if not all(key < 2.0**60 for key in keys):
+            block.slots[slot] = [(i, F32(0)) for i in range(k)]
+            return 1
+        kept = sorted(sorted(range(n), key=lambda i: (-float(keys[i]), i))[:k])
+        block.slots[slot] = [(i, to_bf16(a[i])) for i in kept]
+        for i in kept:
+            a[i] = F32(0)
+        if s.ef_bits:
+            self._encode(block, a, levels)
+
+        c1 = F32((1 - s.betas[0]) / (1 - s.betas[0] ** (step + 1)))
+        c2 = F32((1 - s.betas[1]) / (1 - s.betas[1] ** (step + 1)))
+        moments: dict[int, tuple[np.float32, np.float32]] = {}
+        for age in range(min(step + 1, s.window_size) - 1, -1, -1):
+            w1, w2 = F32(s.betas[0] ** age), F32(s.betas[1] ** age)
+            for i, value in block.slots[(step - age) % s.window_size]:
+                m, v = moments.get(i, (F32(0), F32(0)))
+                moments[i] = (m + w1 * value, v + w2 * (value * value))
+        for i, place in enumerate(block.places):
+            p = F32(param[place]) * F32(1 - s.lr * s.weight_decay)
+            if i in moments:
+                m, v = moments[i]
+                p = p - F32(s.lr) * ((c1 * m) / (F32(s.eps) + np.sqrt(c2 * v)))
+            param[place] = to_dtype(p, self.dtype)
+        return 0
+
+    def _encode(self, block: Block, a: list[np.float32], levels: np.float32) -> None:
+        for bucket in range(len(block.lo)):
+            members = range(bucket * self.s.bucket_size, min((bucket + 1) * self.s.bucket_size, len(a)))
+            lo, hi = to_bf16(min(a[i] for i in members)), to_bf16(max(a[i] for i in members))
+            block.lo[bucket], block.hi[bucket] = lo, hi
+            inverse = levels / F32(hi - lo)
+            for i in members:
+                code = np.rint(F32(a[i] - lo) * inverse) if np.isfinite(inverse) else 0
+                block.codes[i] = int(min(max(code, 0), levels))
+
+    def _step_dense(
+        self, places: list[int], param: np.ndarray, grad: np.ndarray, step: int, grad_scale: np.float32
+    ) -> int:
+        s, t, skipped = self.s, step + 1, 0
+        for place in places:
+            g = F32(grad[place]) * grad_scale
+            if not abs(to_bf16(g)) < 2.0**60:
+                skipped = 1
+                continue
+            self.m[place] = m = self.m[place] * F32(s.betas[0]) + g * F32(1 - s.betas[0])
+            self.v[place] = v = self.v[place] * F32(s.betas[1]) + (g * g) * F32(1 - s.betas[1])
+            m_hat, v_hat = m * F32(1 / (1 - s.betas[0] ** t)), v * F32(1 / (1 - s.betas[1] ** t))
+            p = F32(param[place]) * F32(1 - s.lr * s.weight_decay)
+            param[place] = to_dtype(p - F32(s.lr) * (m_hat / (F32(s.eps) + np.sqrt(v_hat))), self.dtype)
+        return skipped

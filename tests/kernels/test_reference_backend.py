@@ -1,0 +1,85 @@
+"""The reference backend against the scalar oracle: every parameter and every state tensor, bit for bit, after each step."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from microadam_dist.backends.reference import ReferenceBackend
+
+from .cases import CASES, Case, make_inputs, run_case
+from .oracle import ScalarMicroAdam
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_reference_is_bit_identical_to_the_oracle(case: Case) -> None:
+    param, grads = make_inputs(case)
+    spans = [(s.global_shape, s.start, s.numel, s.offset) for s in case.layout.spans]
+    oracle = ScalarMicroAdam(spans, case.config, str(case.param_dtype).removeprefix("torch."))
+    expected = param.float().numpy().copy()
+    for step, (grad, got) in enumerate(zip(grads, run_case(case, ReferenceBackend()), strict=True)):
+        num_nonfinite = oracle.step(expected, grad.float().numpy(), step, case.grad_scale)
+        assert got.num_nonfinite == num_nonfinite, f"step {step}"
+        np.testing.assert_array_equal(got.param.float().numpy(), expected, err_msg=f"param, step {step}")
+        for name, values in _flat_state(oracle, case).items():
+            np.testing.assert_array_equal(_numbers(got.state[name], name, case), values, err_msg=f"{name}, step {step}")
+
+
+def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = next(case for case in CASES if case.name == "row-1001")
+    whole = run_case(case, ReferenceBackend())[-1]
+    monkeypatch.setattr("microadam_dist.backends.reference.CHUNK_NUMEL", 3000)  # two rows and a bit
+    chunked = run_case(case, ReferenceBackend())[-1]
+    assert torch.equal(whole.param.nan_to_num(), chunked.param.nan_to_num())
+    assert all(torch.equal(whole.state[name], chunked.state[name]) for name in whole.state)
+
+
+def _flat_state(oracle: ScalarMicroAdam, case: Case) -> dict[str, np.ndarray]:
+    """The oracle's state in the order of the package's tensors; slots that were never written are zero."""
+    s = case.config
+    state: dict[str, list[float]] = {}
+    if oracle.blocks and s.ef_bits:
+        state["codes"] = [code for block in oracle.blocks for code in block.codes]
+        state["bucket_lo"] = [lo for block in oracle.blocks for lo in block.lo]
+        state["bucket_hi"] = [hi for block in oracle.blocks for hi in block.hi]
+    if oracle.blocks and s.window_size > 1:
+        state["indices"], state["values"] = [], []
+        for block in oracle.blocks:
+            empty = [(0, 0.0)] * s.num_kept(len(block.places))
+            for slot in range(s.window_size):
+                for index, value in block.slots.get(slot, empty):
+                    state["indices"].append(index)
+                    state["values"].append(value)
+    if oracle.dense:
+        places = [place for span in oracle.dense for place in span]
+        state["exp_avg"] = [oracle.m[place] for place in places]
+        state["exp_avg_sq"] = [oracle.v[place] for place in places]
+    return {name: np.array(values, np.float32) for name, values in state.items()}
+
+
+def _numbers(tensor: torch.Tensor, name: str, case: Case) -> np.ndarray:
+    """A state tensor as numbers: codes unpacked block by block, indices read as 16 bit."""
+    if name == "indices":
+        return tensor.view(torch.int16).float().numpy()
+    if name != "codes":
+        return tensor.float().numpy()
+    bits, numbers = case.config.ef_bits, []
+    packed = iter(tensor.tolist())
+    for span in case.layout.spans:
+        if span.is_dense:
+            continue
+        for block in _block_lengths(case, span):
+            byte, codes = 0, []
+            for i in range(block):
+                if i % (8 // bits) == 0:
+                    byte = next(packed)
+                codes.append(byte >> (i % (8 // bits) * bits) & (2**bits - 1))
+            numbers += codes
+    assert next(packed, None) is None
+    return np.array(numbers, np.float32)
+
+
+def _block_lengths(case: Case, span: object) -> list[int]:
+    oracle = ScalarMicroAdam([(span.global_shape, span.start, span.numel, 0)], case.config, "float32")  # type: ignore[attr-defined]
+    return [len(block.places) for block in oracle.blocks]
