@@ -1,0 +1,154 @@
+"""How DeepSpeed finds and accepts the class, and what it may do to our tensors."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+import microadam_dist
+from microadam_dist import ConfigError, MicroAdam
+from tests.deepspeed.engines import (
+    SETTINGS,
+    base_optimizer,
+    full_weights,
+    initialize,
+    make_config,
+    make_gradients,
+    make_model,
+    train,
+)
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.deepspeed
+
+
+def test_register_is_idempotent() -> None:
+    microadam_dist.deepspeed.register()
+    microadam_dist.deepspeed.register()
+    assert torch.optim.MicroAdam is MicroAdam  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("order", [("deepspeed", "microadam_dist"), ("microadam_dist", "deepspeed")], ids="-then-".join)
+def test_import_order_does_not_matter(order: tuple[str, str]) -> None:
+    script = f"""
+import {order[0]}, {order[1]}, torch
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS as supported
+optimizer = torch.optim.MicroAdam([torch.nn.Parameter(torch.zeros(4))])
+again = torch.optim.MicroAdam([torch.nn.Parameter(torch.zeros(4))])
+assert supported.count(type(optimizer)) == 1, supported
+class Mine(type(optimizer)): pass
+Mine([torch.nn.Parameter(torch.zeros(4))])
+assert supported.count(Mine) == 1, supported
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "DS_ACCELERATOR": "cpu"})
+
+
+def _client_optimizers(rank: int, world_size: int) -> list[Any]:
+    results = []
+    for stage in (0, 1, 2, 3):
+        for client in (False, True):
+            model, kwargs = make_model(), {}
+            if client:
+                kwargs["optimizer"] = MicroAdam(model.named_parameters(), **SETTINGS)
+            engine = initialize(model, make_config(stage, torch.bfloat16), **kwargs)
+            train(engine, make_gradients(3, torch.bfloat16))
+            results.append(full_weights(engine))
+            engine.destroy()
+    return results
+
+
+def test_client_optimizer_gives_the_same_bits_as_json() -> None:
+    for results in run_ranks(_client_optimizers, 2):
+        for from_json, client in zip(results[::2], results[1::2], strict=True):
+            assert all(torch.equal(from_json[name], client[name]) for name in from_json)
+
+
+def _two_groups(rank: int, world_size: int) -> list[Any]:
+    results = []
+    for stage in (None, 0, 1, 2, 3):
+        model = make_model()
+        matrices = [p for p in model.parameters() if p.ndim > 1]
+        vectors = [p for p in model.parameters() if p.ndim == 1]
+        model.embed.weight.requires_grad_(False)  # a frozen parameter stays in its group
+        groups = [
+            {"params": matrices, "weight_decay": 0.1, "window_size": 2},
+            {"params": vectors, "weight_decay": 0.0, "lr": 1e-3},
+        ]
+        if stage is None:
+            optimizer = MicroAdam(groups, **SETTINGS)
+            for grads in make_gradients(10):
+                model(grads).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            results.append({name.removesuffix(".weight"): p.detach() for name, p in model.named_parameters()})
+            continue
+        engine = initialize(model, make_config(stage, torch.float32), model_parameters=groups)
+        train(engine, make_gradients(10))
+        results.append(full_weights(engine))
+        engine.destroy()
+    return results
+
+
+def test_two_groups_with_a_frozen_parameter() -> None:
+    plain, *staged = run_ranks(_two_groups, 1)[0]  # one rank: no block is cut, so every weight is equal
+    for weights in staged:
+        assert all(torch.equal(plain[name], weights[name]) for name in plain)
+
+
+def _poison_padding(rank: int, world_size: int) -> int:
+    engine = initialize(make_model(), make_config(3, torch.float32))
+    train(engine, make_gradients(1))
+    (shard,) = engine.optimizer.fp32_partitioned_groups_flat
+    layout = base_optimizer(engine)._layouts[shard]
+    padding = torch.ones(shard.numel(), dtype=torch.bool)
+    for span in layout.spans:
+        padding[span.offset : span.offset + span.numel] = False
+    shard.data[padding] = float("nan")
+    train(engine, make_gradients(3))
+    assert shard.data[padding].isnan().all()
+    assert shard.data[~padding].isfinite().all()
+    assert base_optimizer(engine).num_nonfinite_blocks == 0
+    return int(padding.sum())
+
+
+def test_zero3_padding_is_neither_read_nor_written() -> None:
+    assert sum(run_ranks(_poison_padding, 4)) > 0
+
+
+def _bad_setting(rank: int, world_size: int) -> str:
+    with pytest.raises(ConfigError) as error:
+        initialize(make_model(), make_config(2, torch.bfloat16, params={"windowsize": 3}))
+    return str(error.value)
+
+
+def test_bad_json_setting_is_named_at_initialize() -> None:
+    assert run_ranks(_bad_setting, 1) == ["unknown setting 'windowsize': did you mean 'window_size'?"]
+
+
+def _checkpoint(rank: int, world_size: int, folder: str, stage: int, dtype_name: str) -> bool:
+    dtype = getattr(torch, dtype_name)
+    gradients = make_gradients(14, dtype)
+
+    def new_engine() -> Any:
+        return initialize(make_model(), make_config(stage, dtype))
+
+    engine = new_engine()
+    train(engine, gradients[:7])
+    engine.save_checkpoint(folder)
+    train(engine, gradients[7:])
+    resumed = new_engine()
+    resumed.load_checkpoint(folder)
+    train(resumed, gradients[7:])
+    straight, again = full_weights(engine), full_weights(resumed)
+    return all(torch.equal(straight[name], again[name]) for name in straight)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_checkpoint_resumes_bit_identically_on_the_same_ranks(stage: int, dtype: str, tmp_path: Any) -> None:
+    assert run_ranks(_checkpoint, 2, str(tmp_path), stage, dtype) == [True, True]

@@ -1,0 +1,118 @@
+"""Every ZeRO stage against one plain process, the same reduced gradients: the same bits in every block that is not cut."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from microadam_dist import MicroAdam
+from tests.deepspeed.engines import (
+    SETTINGS,
+    base_optimizer,
+    full_weights,
+    initialize,
+    make_config,
+    make_gradients,
+    make_model,
+    train,
+)
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.deepspeed
+NUM_STEPS = 20
+
+
+def plain_weights(dtype: torch.dtype) -> dict[str, Tensor]:
+    """One process without an engine; in bf16 with an fp32 master copy, as DeepSpeed has it."""
+    model = make_model(dtype).float()
+    optimizer = MicroAdam(model.parameters(), **SETTINGS)
+    for grads in make_gradients(NUM_STEPS, dtype):
+        model({name: grad.float() for name, grad in grads.items()}).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name.removesuffix(".weight"): p.detach().to(dtype) for name, p in model.named_parameters()}
+
+
+def cut_intervals(optimizer: MicroAdam) -> list[tuple[str, int, int]]:
+    """(position of the parameter, global start, length) of this rank's fragments."""
+    intervals = []
+    for layout in optimizer._layouts.values():
+        for run in layout.runs:
+            if run.is_fragment:
+                span = next(s for s in layout.spans if 0 <= run.elements.start - s.offset < s.numel)
+                intervals.append((span.fqn, span.start + run.elements.start - span.offset, run.numel))
+    return intervals
+
+
+def _train_stages(rank: int, world_size: int, configs: list[tuple[int, str, dict[str, Any]]]) -> list[Any]:
+    results = []
+    for stage, dtype_name, extra in configs:
+        dtype = getattr(torch, dtype_name)
+        engine = initialize(make_model(), make_config(stage, dtype, **extra))
+        train(engine, make_gradients(NUM_STEPS, dtype))
+        optimizer = base_optimizer(engine)
+        gathered: list[Any] = [None] * world_size
+        dist.all_gather_object(gathered, cut_intervals(optimizer))
+        results.append((full_weights(engine), [cut for cuts in gathered for cut in cuts], optimizer.state_bytes()))
+        engine.destroy()
+    return results
+
+
+CONFIGS: list[tuple[int, str, dict[str, Any]]] = [
+    (0, "float32", {}),
+    (1, "float32", {}),
+    (2, "float32", {}),
+    (3, "float32", {}),
+    (2, "float32", {"zero_optimization": {"round_robin_gradients": True}}),
+    (3, "float32", {"zero_optimization": {"sub_group_size": 9000}}),
+    (0, "bfloat16", {}),
+    (1, "bfloat16", {}),
+    (1, "bfloat16", {"data_types": {"grad_accum_dtype": "fp32"}}),
+    (2, "bfloat16", {}),
+    (3, "bfloat16", {}),
+]
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def trained(request: pytest.FixtureRequest) -> tuple[int, list[list[Any]]]:
+    world_size = request.param
+    return world_size, run_ranks(_train_stages, world_size, CONFIGS)
+
+
+@pytest.mark.parametrize("index", range(len(CONFIGS)), ids=[f"zero{s}-{d}-{i}" for i, (s, d, _) in enumerate(CONFIGS)])
+def test_uncut_blocks_are_bit_identical_to_one_process(trained: tuple[int, list[list[Any]]], index: int) -> None:
+    world_size, results = trained
+    stage, dtype_name, _ = CONFIGS[index]
+    expected = plain_weights(getattr(torch, dtype_name))
+    names = list(expected)
+    for rank in range(world_size):
+        weights, cuts, _ = results[rank][index]
+        uncut = {name: torch.ones(weights[name].numel(), dtype=torch.bool) for name in names}
+        for fqn, start, numel in cuts:
+            uncut[names[int(fqn)]][start : start + numel] = False
+        for name in names:
+            got, want = weights[name].flatten()[uncut[name]], expected[name].flatten()[uncut[name]]
+            assert torch.equal(got, want), f"{name} on rank {rank}"
+        if rank == 0:
+            cut_share = 1 - sum(int(u.sum()) for u in uncut.values()) / sum(u.numel() for u in uncut.values())
+            print(f"ZeRO-{stage} {dtype_name}, {world_size} ranks: {len(cuts)} fragments {cuts}, {cut_share:.1%} of weights")
+    # ZeRO-1 and 2 cut at most (ranks - 1) blocks of the one flat buffer, ZeRO-3 that many of each parameter.
+    most_cut = {0: 0, 1: world_size - 1, 2: world_size - 1, 3: 4 * (world_size - 1)}[stage]
+    assert len(results[0][index][1]) <= 2 * most_cut
+
+
+def test_state_is_sharded_and_norms_are_dense(trained: tuple[int, list[list[Any]]]) -> None:
+    world_size, results = trained
+    shapes = {name: p.shape for name, p in make_model().named_parameters()}
+    dense = sum(shape.numel() for shape in shapes.values() if len(shape) == 1)
+    sparse = sum(shape.numel() for shape in shapes.values()) - dense
+    for index, (stage, _, _) in enumerate(CONFIGS):
+        per_rank = [results[rank][index][2] for rank in range(world_size)]
+        copies = world_size if stage == 0 else 1
+        assert sum(state.sparse_numel for state in per_rank) == copies * sparse
+        assert sum(state.dense_numel for state in per_rank) == copies * dense
+        assert sum(state.dense_bytes for state in per_rank) == copies * dense * 8

@@ -1,0 +1,113 @@
+"""`run_ranks`: one function on several real processes over gloo."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# Imported once by the fork server, so that starting a rank takes a fraction of a second.
+_PRELOAD = ["torch", "torch.distributed.checkpoint", "deepspeed", "microadam_dist"]
+_TIMEOUT_SECONDS = 240
+
+
+class RankError(AssertionError):
+    """At least one rank failed; the message has the traceback of each."""
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+    """Run ``function(rank, world_size, *args)`` on every rank of a gloo process group.
+
+    Args:
+        function: Defined at module level; its arguments and result are pickled.
+
+    Returns:
+        The results, by rank.
+
+    Raises:
+        RankError: A rank raised, died or did not answer in time. No rank is left running.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    with tempfile.TemporaryDirectory() as folder:
+        ranks, pipes = [], []
+        for rank in range(world_size):
+            receiving, sending = context.Pipe(duplex=False)
+            process = context.Process(
+                target=_rank_main, args=(sending, os.path.join(folder, "store"), function, rank, world_size, args)
+            )
+            process.start()
+            sending.close()
+            ranks.append(process)
+            pipes.append(receiving)
+        try:
+            return _collect(pipes)
+        finally:
+            for process in ranks:
+                process.terminate()
+                process.join()
+
+
+def _collect(pipes: list[Connection]) -> list[Any]:
+    results: dict[int, Any] = {}
+    failures: list[str] = []
+    open_pipes = {pipe: rank for rank, pipe in enumerate(pipes)}
+    while open_pipes and not failures:
+        ready = wait(list(open_pipes), timeout=_TIMEOUT_SECONDS)
+        if not ready:
+            failures.append(f"ranks {sorted(open_pipes.values())} did not answer within {_TIMEOUT_SECONDS} s")
+        for pipe in ready:
+            rank = open_pipes.pop(pipe)  # type: ignore[call-overload]
+            try:
+                succeeded, result = _receive(pipe)  # type: ignore[arg-type]
+            except EOFError:
+                succeeded, result = False, "the process died without a word"
+            if succeeded:
+                results[rank] = result
+            else:
+                failures.append(f"rank {rank}:\n{result}")
+    # The ranks that wait for a failed one are not waited for, but what they have said already is shown.
+    for pipe, rank in open_pipes.items():
+        if failures and pipe.poll(1):
+            try:
+                failures.append(f"rank {rank}:\n{_receive(pipe)[1]}")
+            except EOFError:
+                pass
+    if failures:
+        raise RankError("\n".join(failures))
+    return [results[rank] for rank in range(len(pipes))]
+
+
+def _rank_main(
+    pipe: Connection, store: str, function: Callable[..., Any], rank: int, world_size: int, args: tuple[Any, ...]
+) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size))
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+        result = function(rank, world_size, *args)
+        dist.barrier()
+        dist.destroy_process_group()
+        _send(pipe, (True, result))
+    except BaseException:
+        _send(pipe, (False, traceback.format_exc()))
+
+
+def _send(pipe: Connection, message: tuple[bool, Any]) -> None:
+    # Not pipe.send: torch would pass its tensors as shared memory, which dies with this process.
+    buffer = io.BytesIO()
+    torch.save(message, buffer)
+    pipe.send_bytes(buffer.getvalue())
+
+
+def _receive(pipe: Connection) -> tuple[bool, Any]:
+    message: tuple[bool, Any] = torch.load(io.BytesIO(pipe.recv_bytes()), weights_only=False)
+    return message
