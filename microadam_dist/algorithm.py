@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .layout import StateLayout
+from .quantization import decode_error, encode_error
 from .scalars import MAGNITUDE_LIMIT, StepScalars
 from .state import BlockViews
 
@@ -131,76 +132,10 @@ def largest_magnitudes(rounded: Tensor, num_kept: int) -> Tensor:
     return key.topk(num_kept, dim=1, sorted=False).indices.sort(dim=1).values
 
 
-def decode_error(codes: Tensor, bucket_lo: Tensor, bucket_hi: Tensor, layout: StateLayout, numel: int) -> Tensor:
-    """The stored error: ``codes * step_q + lo`` with ``step_q = (hi - lo) / levels``.
-
-    Args:
-        codes: (B, code_bytes) uint8.
-        bucket_lo, bucket_hi: (B, q) fp32.
-        numel: n.
-
-    Returns:
-        (B, n) fp32.
-    """
-    bits, bucket_size = layout.config.ef_bits, layout.config.bucket_size
-    unpacked = unpack_codes(codes, bits)[:, :numel].float()
-    # Division by a tensor: dividing by a Python number may be computed as a product with the reciprocal.
-    width = bucket_hi - bucket_lo
-    step_q = width / torch.full_like(width, 2**bits - 1)
-    return unpacked * spread(step_q, bucket_size, numel) + spread(bucket_lo, bucket_size, numel)
-
-
-def encode_error(residual: Tensor, layout: StateLayout) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantize: ``lo, hi = bf16(min), bf16(max)`` per bucket, ``codes = clip(rint((a - lo) * (levels / (hi - lo))))``.
-
-    The codes of a bucket are 0 where ``hi == lo`` or the range is so small that ``levels / (hi - lo)`` overflows.
-
-    Args:
-        residual: (B, n) fp32.
-
-    Returns:
-        Codes (B, code_bytes) uint8, lo and hi (B, q) bf16.
-    """
-    bits, bucket_size = layout.config.ef_bits, layout.config.bucket_size
-    levels = 2**bits - 1
-    numel = residual.shape[1]
-    num_buckets = layout.block_num_buckets(numel)
-    # A shorter last bucket is filled up with its last element, which changes neither minimum nor maximum.
-    filling = residual[:, -1:].expand(-1, num_buckets * bucket_size - numel)
-    buckets = torch.cat([residual, filling], dim=1).view(-1, num_buckets, bucket_size)
-    bucket_lo, bucket_hi = buckets.amin(dim=2).bfloat16(), buckets.amax(dim=2).bfloat16()
-    lo, width = bucket_lo.float(), bucket_hi.float() - bucket_lo.float()
-    inverse = torch.full_like(width, levels) / width
-    inverse = torch.where(inverse.isfinite(), inverse, 0.0)
-    scaled = (residual - spread(lo, bucket_size, numel)) * spread(inverse, bucket_size, numel)
-    return pack_codes(scaled.round().clamp(0, levels).byte(), bits), bucket_lo, bucket_hi
-
-
 def adam_direction(m: Tensor, v: Tensor, eps: float) -> Tensor:
     """``m / (eps + sqrt(v))``."""
     # sqrt of torch on CPU is not correctly rounded in fp32; a float64 square root rounded to fp32 is exact.
     return m / (v.double().sqrt().float() + eps)
-
-
-def spread(per_bucket: Tensor, bucket_size: int, numel: int) -> Tensor:
-    """(B, q) -> (B, n): the bucket's number for each of its elements."""
-    return per_bucket.repeat_interleave(bucket_size, dim=1)[:, :numel]
-
-
-def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """(B, n) codes below 2**bits -> (B, ceil(n * bits / 8)) uint8; the first code is in the lowest bits."""
-    per_byte = 8 // bits
-    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % per_byte)).view(codes.shape[0], -1, per_byte)
-    packed = torch.zeros_like(padded[:, :, 0])
-    for i in range(per_byte):
-        packed |= padded[:, :, i] << (bits * i)
-    return packed
-
-
-def unpack_codes(packed: Tensor, bits: int) -> Tensor:
-    """Inverse of `pack_codes`; the length is rounded up to whole bytes."""
-    mask = 2**bits - 1
-    return torch.stack([(packed >> shift) & mask for shift in range(0, 8, bits)], dim=2).flatten(1)
 
 
 def _assign_where_(target: Tensor, blocks: Tensor, new: Tensor) -> None:

@@ -129,7 +129,7 @@ def _as_float(name: str, value: Any) -> float:
     # Some JSON and YAML readers turn 1e-3 into a string, and a learning rate may be a 0-dim tensor.
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         raise ConfigError(f"{name}={value!r}: expected a number.") from None
 
 

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import torch
 
+from .engines.deepspeed import whitelist
 from .optimizer import MicroAdam
 
 
 def register() -> None:
-    """Make ``MicroAdam`` known to DeepSpeed's optimizer factory; may be called any number of times."""
+    """Make ``MicroAdam`` known to DeepSpeed's optimizer factory; may be called any number of times.
+
+    Needed by hand only when an optimizer was constructed before DeepSpeed was imported.
+    """
     torch.optim.MicroAdam = MicroAdam  # type: ignore[attr-defined]
+    whitelist(MicroAdam)
 
 
 def disable_shm_allreduce() -> None:

@@ -12,15 +12,12 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from .backends.base import TensorStep, select_backend
+from .checkpoint.format import LAYOUT_KEY, describe_layouts, read_layouts
 from .config import STRUCTURAL_SETTINGS, MicroAdamConfig, reject_unknown_settings
-from .engines.base import NamedParameter, Slot, engines, find_spans
+from .engines.base import NamedParameter, Slot, engines, find_spans, process_rank
 from .errors import CheckpointMismatchError, ConfigError, UnsupportedLayoutError
 from .layout import StateLayout
 from .state import allocate_state, state_specs
-
-# Beside "state" and "param_groups" a state dict carries this entry; see `MicroAdam.state_dict`.
-LAYOUT_KEY = "microadam"
-STATE_FORMAT = 1
 
 _PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -119,6 +116,14 @@ class MicroAdam(Optimizer):
             self.param_groups.pop()
             raise
         self._constructed.append([NamedParameter(*pair) for pair in zip(names, group["params"], strict=True)])
+
+    def name_parameters(self, names: Mapping[Tensor, str]) -> None:
+        """Give parameters the names they have in the model, for checkpoints; parameters not in ``names`` keep theirs.
+
+        DeepSpeed constructs an optimizer from unnamed parameters; its adapter calls this.
+        """
+        for group in self._constructed:
+            group[:] = [NamedParameter(names.get(named.param, named.fqn), named.param) for named in group]
 
     @property
     def num_nonfinite_blocks(self) -> int:
@@ -243,16 +248,12 @@ class MicroAdam(Optimizer):
     def state_dict(self) -> StateDict:
         """The state as torch's optimizers give it, and under ``"microadam"`` what each tensor's state describes.
 
-        ``{"format": 1, "spans": {index: [(fqn, global_shape, start, numel, offset), ...]}}``: with it a checkpoint
-        that was written for another sharding is recognized when it is loaded.
+        With that entry (see `checkpoint.format`) a checkpoint that was written for another sharding is recognized.
         """
         state_dict = super().state_dict()
-        spans = {
-            index: [(s.fqn, s.global_shape, s.start, s.numel, s.offset) for s in self._layouts[p].spans]
-            for index, p in enumerate(chain.from_iterable(group["params"] for group in self.param_groups))
-            if p in self._layouts
-        }
-        state_dict[LAYOUT_KEY] = {"format": STATE_FORMAT, "spans": spans}
+        tensors = chain.from_iterable(group["params"] for group in self.param_groups)
+        layouts = {index: self._layouts[p] for index, p in enumerate(tensors) if p in self._layouts}
+        state_dict[LAYOUT_KEY] = describe_layouts(layouts, *process_rank())
         return state_dict
 
     @torch.no_grad()
@@ -269,7 +270,11 @@ class MicroAdam(Optimizer):
         loaded = {tensors[position[key]]: state for key, state in saved_state.items() if key in position}
 
         layouts = {**self._layouts, **self._find_layouts(loaded)}
-        self._match_spans(state_dict.get(LAYOUT_KEY), tensors, layouts)
+        if LAYOUT_KEY in state_dict:  # tools that pass on "state" and "param_groups" only drop it
+            saved_layouts = read_layouts(state_dict[LAYOUT_KEY])
+            for index, layout in saved_layouts.items():
+                if index < len(tensors) and tensors[index] in loaded:
+                    _match_spans(layout, layouts[tensors[index]], index)
         for key, index in position.items():
             if key in saved_state:
                 p = tensors[index]
@@ -306,32 +311,6 @@ class MicroAdam(Optimizer):
                     )
         return list(chain.from_iterable(group["params"] for group in self.param_groups))
 
-    def _match_spans(
-        self, saved: Mapping[str, Any] | None, tensors: Sequence[Tensor], layouts: Mapping[Tensor, StateLayout]
-    ) -> None:
-        """Refuse state of another shard of the parameter; names are not compared, they depend on how it was built."""
-        if saved is None:  # written through a tool that passes on "state" and "param_groups" only
-            return
-        if saved["format"] != STATE_FORMAT:
-            raise CheckpointMismatchError(
-                f"the checkpoint has state format {saved['format']}, this version reads {STATE_FORMAT}. "
-                "Load it with the version of microadam_dist that wrote it."
-            )
-        for index, spans in saved["spans"].items():
-            layout = layouts.get(tensors[int(index)])
-            if layout is None:
-                continue
-            expected = [(s.global_shape, s.start, s.numel, s.offset) for s in layout.spans]
-            got = [(tuple(shape), start, numel, offset) for _, shape, start, numel, offset in spans]
-            if got != expected:
-                pairs = zip(got, expected, strict=False)
-                theirs, ours = next((pair for pair in pairs if pair[0] != pair[1]), (got, expected))
-                raise CheckpointMismatchError(
-                    f"the checkpoint's state of parameter {index} describes another shard: (shape, start, length, "
-                    f"offset) {theirs}, here {ours}. It was written with another number of ranks, another sharding or "
-                    "for another model; resume with the same number of ranks."
-                )
-
     # ---------------------------------------------------------------- pickling
 
     def __getstate__(self) -> dict[str, Any]:
@@ -356,3 +335,18 @@ def _match_state(state: Mapping[str, Any], layout: StateLayout, describe: str) -
                 f"the checkpoint's {name!r} of {describe} is {found}, expected {dtype} {shape}. "
                 "It was written for another model, sharding or settings; resume with the same ones."
             )
+
+
+def _match_spans(saved: StateLayout, layout: StateLayout, index: int) -> None:
+    """Refuse state of another shard of the parameter; names are not compared, they depend on how it was built."""
+    got, expected = (
+        [(span.global_shape, span.start, span.numel, span.offset) for span in side.spans] for side in (saved, layout)
+    )
+    if got != expected:
+        pairs = zip(got, expected, strict=False)
+        theirs, ours = next((pair for pair in pairs if pair[0] != pair[1]), (got, expected))
+        raise CheckpointMismatchError(
+            f"the checkpoint's state of parameter {index} describes another shard: (shape, start, length, offset) "
+            f"{theirs}, here {ours}. It was written with another number of ranks, another sharding or for another "
+            "model. Under DeepSpeed, microadam_dist.deepspeed.load_checkpoint loads it on any number of ranks."
+        )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
+import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import UnsupportedLayoutError
@@ -80,3 +81,10 @@ def find_spans(slot: Slot) -> tuple[ShardSpan, ...]:
         "is neither a parameter the optimizer was constructed with nor a shard of a known engine. Construct MicroAdam "
         "with the model's own parameters, and let the engine (DeepSpeed, DDP) replace them."
     )
+
+
+def process_rank() -> tuple[int, int]:
+    """(rank, world size) of this process; (0, 1) without torch.distributed."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1

@@ -6,6 +6,7 @@ leaves on the model's parameters; facts about its internals were measured with d
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import UnsupportedLayoutError
+from ..errors import ConfigError, UnsupportedLayoutError
 from ..layout import ShardSpan
 from .base import NamedParameter, Slot
 
@@ -26,6 +27,69 @@ def whitelist(optimizer_class: type) -> None:
 
     if optimizer_class not in ZERO_SUPPORTED_OPTIMIZERS:
         ZERO_SUPPORTED_OPTIMIZERS.append(optimizer_class)
+        _known_classes.append(optimizer_class)
+    _hook_initialize()
+
+
+_known_classes: list[type] = []
+
+
+def _hook_initialize() -> None:
+    """Look at every engine that is built around one of our optimizers.
+
+    `DeepSpeedEngine._do_optimizer_sanity_check` gets the optimizer when the configuration is complete and before ZeRO
+    replaces its parameters; there is no public hook at that point.
+    """
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    original = DeepSpeedEngine._do_optimizer_sanity_check
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def sanity_check(engine: Any, optimizer: Any) -> Any:
+        if type(optimizer) in _known_classes:
+            refuse_unsupported(engine)
+            optimizer.name_parameters(engine.param_names)
+        return original(engine, optimizer)
+
+    DeepSpeedEngine._do_optimizer_sanity_check = sanity_check
+
+
+def refuse_unsupported(engine: Any) -> None:
+    """Raise at `deepspeed.initialize` for what DeepSpeed would fail at later, or do wrong.
+
+    Raises:
+        ConfigError: Names the option and the remedy.
+    """
+    config = engine._config
+    zero = config.zero_config
+    offload = zero.offload_optimizer
+    offloaded = offload is not None and offload.device != "none"
+    refused = {
+        "zero_optimization.elastic_checkpoint": (
+            zero.elastic_checkpoint,
+            "it merges parameter-shaped states only; remove it and resume on another number of ranks with "
+            "microadam_dist.deepspeed.load_checkpoint",
+        ),
+        "checkpoint.load_universal": (
+            config.load_universal_checkpoint,
+            "universal checkpoints hold Adam's moments only; remove it and resume on another number of ranks with "
+            "microadam_dist.deepspeed.load_checkpoint",
+        ),
+        "zero_optimization.offload_optimizer.ratio below 1": (
+            offloaded and offload.ratio < 1,
+            "DeepSpeed splits the step with DeepSpeedCPUAdam only; set it to 1.0",
+        ),
+        "zero_optimization.offload_optimizer.device = nvme": (
+            offloaded and offload.device == "nvme",
+            "DeepSpeed swaps parameter-shaped fp32 states only; use device = cpu",
+        ),
+        "zero_optimization.zenflow": (zero.zenflow is not None, "it needs DeepSpeedCPUAdam; remove it"),
+    }
+    for option, (is_set, remedy) in refused.items():
+        if is_set:
+            raise ConfigError(f"DeepSpeed option {option} does not work with MicroAdam: {remedy}.")
 
 
 def find_spans(slot: Slot) -> tuple[ShardSpan, ...] | None:

@@ -25,7 +25,14 @@ class Holder(nn.Module):
 class GivenGradients(nn.Module):
     """Matrices, norms and a convolution; rows with and without a short last block."""
 
-    SHAPES = {"embed": (61, 96), "norm": (96,), "up": (40, 301), "bias": (301,), "conv": (32, 16, 3, 3), "down": (96, 80)}
+    SHAPES = {
+        "embed": (61, 96),
+        "norm": (96,),
+        "up": (40, 301),
+        "bias": (301,),
+        "conv": (32, 16, 3, 3),
+        "down": (96, 80),
+    }
 
     def __init__(self) -> None:
         super().__init__()

@@ -99,7 +99,9 @@ def test_uncut_blocks_are_bit_identical_to_one_process(trained: tuple[int, list[
             assert torch.equal(got, want), f"{name} on rank {rank}"
         if rank == 0:
             cut_share = 1 - sum(int(u.sum()) for u in uncut.values()) / sum(u.numel() for u in uncut.values())
-            print(f"ZeRO-{stage} {dtype_name}, {world_size} ranks: {len(cuts)} fragments {cuts}, {cut_share:.1%} of weights")
+            print(
+                f"ZeRO-{stage} {dtype_name}, {world_size} ranks: {len(cuts)} fragments {cuts}, {cut_share:.1%} of weights"
+            )
     # ZeRO-1 and 2 cut at most (ranks - 1) blocks of the one flat buffer, ZeRO-3 that many of each parameter.
     most_cut = {0: 0, 1: world_size - 1, 2: world_size - 1, 3: 4 * (world_size - 1)}[stage]
     assert len(results[0][index][1]) <= 2 * most_cut

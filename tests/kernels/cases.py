@@ -176,7 +176,9 @@ def make_inputs(case: Case) -> tuple[Tensor, list[Tensor]]:
     local_numel = spans[-1].offset + spans[-1].numel + PADDING
     param = torch.full((local_numel,), math.nan, dtype=case.param_dtype)
     for span in spans:
-        param[span.offset : span.offset + span.numel] = torch.randn(span.numel, generator=generator).to(case.param_dtype)
+        param[span.offset : span.offset + span.numel] = torch.randn(span.numel, generator=generator).to(
+            case.param_dtype
+        )
     grads = []
     for step in range(case.num_steps):
         grad = torch.full((local_numel,), math.nan, dtype=case.grad_dtype)

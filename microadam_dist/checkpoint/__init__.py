@@ -1,0 +1,1 @@
+"""Checkpoints: the schema of the saved state, and its remapping to another number of ranks."""

@@ -1,0 +1,59 @@
+"""The schema: what a state dict says about the tensors in it, beside torch's "state" and "param_groups".
+
+    {"format": 1, "world_size": W, "rank": r, "tensors": {index: {
+        "spans": [(fqn, global_shape, start, numel, offset), ...],
+        "settings": {"window_size": ..., "density": ..., "block_size": ..., "bucket_size": ..., "ef_bits": ...}}}}
+
+With it, a tensor's state can be cut by (parameter, global offset) without the model or the engine that wrote it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..config import STRUCTURAL_SETTINGS, MicroAdamConfig
+from ..errors import CheckpointMismatchError, MicroAdamError
+from ..layout import ShardSpan, StateLayout
+
+# The entry's key in a state dict.
+LAYOUT_KEY = "microadam"
+FORMAT = 1
+
+
+def describe_layouts(layouts: Mapping[int, StateLayout], rank: int, world_size: int) -> dict[str, Any]:
+    """The entry for these local tensors, by their position in the param groups; plain ints, strings and lists."""
+    tensors = {
+        index: {
+            "spans": [(s.fqn, s.global_shape, s.start, s.numel, s.offset) for s in layout.spans],
+            "settings": {name: getattr(layout.config, name) for name in STRUCTURAL_SETTINGS},
+        }
+        for index, layout in layouts.items()
+    }
+    return {"format": FORMAT, "world_size": world_size, "rank": rank, "tensors": tensors}
+
+
+def read_layouts(entry: Mapping[str, Any]) -> dict[int, StateLayout]:
+    """The layouts an entry describes.
+
+    Raises:
+        CheckpointMismatchError: The entry has another format version, or is not one.
+    """
+    found = entry.get("format") if isinstance(entry, Mapping) else entry
+    if found != FORMAT:
+        raise CheckpointMismatchError(
+            f"the checkpoint's MicroAdam state has format {found!r}, this version reads {FORMAT}. "
+            "Load it with the version of microadam_dist that wrote it."
+        )
+    try:
+        return {
+            int(index): StateLayout(
+                tuple(ShardSpan(fqn, tuple(shape), *interval) for fqn, shape, *interval in tensor["spans"]),
+                MicroAdamConfig.from_dict(tensor["settings"]),
+            )
+            for index, tensor in entry["tensors"].items()
+        }
+    except (KeyError, TypeError, ValueError, AttributeError, MicroAdamError) as error:
+        raise CheckpointMismatchError(
+            f"the checkpoint's description of its MicroAdam state is damaged: {error}."
+        ) from error

@@ -1,0 +1,1 @@
+"""Predicts memory with the layout arithmetic that also allocates it."""
