@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..config import MicroAdamConfig
-from ..errors import ConfigError
+from ..errors import BackendUnavailableError, ConfigError
 from ..layout import StateLayout
 
 
@@ -24,6 +24,8 @@ class TensorStep:
         state: The flat state tensors named in ``layout.tensors``; updated in place.
         layout: Where the blocks lie in all of these.
         step: Steps this tensor has taken before.
+        param_copy: (numel,) bf16, contiguous, or None. A second output: wherever the layout has spans it holds the
+            parameter after the step, rounded.
     """
 
     param: Tensor
@@ -31,6 +33,7 @@ class TensorStep:
     state: Mapping[str, Tensor]
     layout: StateLayout
     step: int
+    param_copy: Tensor | None = None
 
 
 class Backend(Protocol):
@@ -59,17 +62,67 @@ class Backend(Protocol):
         """
 
 
-BACKEND_NAMES = ("auto", "reference")
+BACKEND_NAMES = ("auto", "reference", "cpu")
 
 
 def select_backend(name: str) -> Backend:
-    """The backend of that name; ``auto`` takes the fastest that can run.
+    """The backend of that name; ``auto`` takes for every tensor the fastest that can run, the others never fall back.
 
     Raises:
         ConfigError: There is no backend of that name.
+        BackendUnavailableError: A backend asked for by name cannot run here; says why and what to do.
     """
-    if name not in BACKEND_NAMES:
-        raise ConfigError(f"backend={name!r}: expected one of {', '.join(BACKEND_NAMES)}.")
-    from .reference import ReferenceBackend
+    if name == "auto":
+        return AutoBackend()
+    if name == "reference":
+        from .reference import ReferenceBackend
 
-    return ReferenceBackend()
+        return ReferenceBackend()
+    if name == "cpu":
+        from .cpu import CpuBackend
+
+        return CpuBackend()
+    raise ConfigError(f"backend={name!r}: expected one of {', '.join(BACKEND_NAMES)}.")
+
+
+class AutoBackend:
+    """Chooses by the settings and the device of each tensor; the parameters of a group may lie on several devices."""
+
+    name = "auto"
+    _preferred = ("cpu",)  # fastest first; the reference backend runs what none of them can
+
+    def __init__(self) -> None:
+        self._backends = {"reference": select_backend("reference")}
+        for name in self._preferred:
+            try:
+                self._backends[name] = select_backend(name)
+            except BackendUnavailableError:
+                continue
+
+    def choose(self, config: MicroAdamConfig, device: torch.device) -> Backend:
+        """The fastest backend for these settings on this device."""
+        for name in self._preferred:
+            backend = self._backends.get(name)
+            if backend is not None and _can_run(backend, config, device):
+                return backend
+        return self._backends["reference"]
+
+    def check(self, config: MicroAdamConfig, device: torch.device) -> None:
+        """Every valid setting runs on every device."""
+
+    def step(self, tensors: Sequence[TensorStep], config: MicroAdamConfig, grad_scale: float) -> int:
+        """See `Backend.step`."""
+        by_device: dict[torch.device, list[TensorStep]] = {}
+        for tensor in tensors:
+            by_device.setdefault(tensor.param.device, []).append(tensor)
+        return sum(
+            self.choose(config, device).step(members, config, grad_scale) for device, members in by_device.items()
+        )
+
+
+def _can_run(backend: Backend, config: MicroAdamConfig, device: torch.device) -> bool:
+    try:
+        backend.check(config, device)
+    except (ConfigError, BackendUnavailableError):
+        return False
+    return True

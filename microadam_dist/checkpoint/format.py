@@ -55,5 +55,5 @@ def read_layouts(entry: Mapping[str, Any]) -> dict[int, StateLayout]:
         }
     except (KeyError, TypeError, ValueError, AttributeError, MicroAdamError) as error:
         raise CheckpointMismatchError(
-            f"the checkpoint's description of its MicroAdam state is damaged: {error}."
+            f"the description of MicroAdam state in the checkpoint is damaged: {error}."
         ) from error

@@ -1,4 +1,4 @@
-"""The reference backend against the scalar oracle: every parameter and every state tensor, bit for bit, after each step."""
+"""The reference backend against the scalar oracle: every parameter and state tensor, bit for bit, after each step."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def layout_of(*spans: ShardSpan, **overrides) -> StateLayout:
         (4095, 4096, [4095]),  # one block a row may have any length
         (65, 64, [40, 25]),
         (577, 64, [64] * 9 + [1]),  # the shortest last block there is
-        (136, 64, [40, 40, 40, 16]),  # 17 blocks of 8 are more than 4 * 3
+        (136, 64, [48, 48, 40]),  # 17 blocks of 8 would be more than 4 * 3
         (200, 128, [40] * 5),
         (64, 32768, [64]),
     ],
