@@ -14,9 +14,10 @@ planner predicts with the very code that allocates.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from .config import MicroAdamConfig
 from .errors import UnsupportedLayoutError
@@ -26,6 +27,7 @@ MIN_SPARSE_ROW_NUMEL = 64
 MIN_SPARSE_NUMEL = 4096
 
 DTYPE_BYTES = {"uint8": 1, "bfloat16": 2, "float32": 4}
+DENSE_TENSORS = ("exp_avg", "exp_avg_sq")
 INDEX_BYTES = 2  # 16-bit, stored as uint8 because neither gloo nor NCCL carries int16
 
 
@@ -113,6 +115,12 @@ class BlockGrid:
         """Blocks in one row of the parameter."""
         return -(-self.row_numel // self.block_numel)
 
+    def block_interval(self, position: int) -> tuple[int, int]:
+        """First element and end of the whole block that holds element ``position``, in row-major order."""
+        row, column = divmod(position, self.row_numel)
+        start = column - column % self.block_numel
+        return row * self.row_numel + start, row * self.row_numel + min(start + self.block_numel, self.row_numel)
+
     def segments(self, begin: int, end: int) -> tuple[Segment, ...]:
         """Cut the interval [begin, end) of one row at the block edges; starts are relative to ``begin``."""
         segments = []
@@ -145,6 +153,18 @@ class BlockGrid:
             bands.append(Band(position - start, rows, self.row_numel, self.segments(column, row_end)))
             position += rows * (row_end - column)
         return bands
+
+
+class StateSize(NamedTuple):
+    """Code bytes, buckets and kept values (of one window slot) of some blocks; or as many before some block."""
+
+    codes: int
+    buckets: int
+    kept: int
+
+    def plus(self, other: StateSize, times: int = 1) -> StateSize:
+        """``self + times * other``."""
+        return StateSize(*(mine + times * theirs for mine, theirs in zip(self, other, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -207,13 +227,46 @@ class StateLayout:
         """A window of 1 is overwritten before it is read again, so it is not stored."""
         return self.config.window_size > 1
 
-    def block_code_bytes(self, numel: int) -> int:
-        """Bytes of the codes of one block; a block begins at a byte."""
-        return -(-numel * self.config.ef_bits // 8)
+    def block_state_size(self, numel: int) -> StateSize:
+        """What one block of ``numel`` elements takes; its codes begin at a byte."""
+        bits = self.config.ef_bits
+        num_buckets = -(-numel // self.config.bucket_size) if bits else 0
+        return StateSize(-(-numel * bits // 8), num_buckets, self.config.num_kept(numel))
 
-    def block_num_buckets(self, numel: int) -> int:
-        """Buckets of one block of ``numel`` elements."""
-        return -(-numel // self.config.bucket_size) if self.config.ef_bits else 0
+    def grid(self, span: ShardSpan) -> BlockGrid:
+        """The block grid of the parameter ``span`` belongs to."""
+        return BlockGrid.from_shape(span.global_shape, self.config.block_size)
+
+    def state_offset(self, span_index: int, position: int) -> StateSize:
+        """Where the state of the block (or fragment) that begins at element ``position`` of the parameter begins.
+
+        Args:
+            span_index: Which span of this layout; on the Top-K path.
+            position: Its start, its end or a block edge inside it, counted in the whole parameter.
+        """
+        span = self.spans[span_index]
+        return self._span_offsets[span_index].plus(self._interval_size(span, position - span.start))
+
+    @cached_property
+    def _span_offsets(self) -> list[StateSize]:
+        offsets = [StateSize(0, 0, 0)]
+        for span in self.spans:
+            offsets.append(offsets[-1].plus(self._interval_size(span, span.numel)))
+        return offsets
+
+    def _interval_size(self, span: ShardSpan, numel: int) -> StateSize:
+        """What the first ``numel`` elements of a span take."""
+        size = StateSize(0, 0, 0)
+        if not span.is_dense:
+            for band in self.grid(span).bands(span.start, numel):
+                size = size.plus(self._row_size(band), band.rows)
+        return size
+
+    def _row_size(self, band: Band) -> StateSize:
+        size = StateSize(0, 0, 0)
+        for segment in band.segments:
+            size = size.plus(self.block_state_size(segment.numel), segment.cols)
+        return size
 
     @cached_property
     def runs(self) -> tuple[BlockRun, ...]:
@@ -221,40 +274,28 @@ class StateLayout:
         return tuple(self._lay_runs())
 
     def _lay_runs(self) -> Iterator[BlockRun]:
-        codes = buckets = kept = 0  # what the bands before take
-        for span in self.spans:
-            if span.is_dense or span.numel == 0:
+        for span, band_offset in zip(self.spans, self._span_offsets, strict=False):
+            if span.is_dense:
                 continue
-            for band in BlockGrid.from_shape(span.global_shape, self.config.block_size).bands(span.start, span.numel):
-                sizes = [
-                    (
-                        self.block_code_bytes(segment.numel),
-                        self.block_num_buckets(segment.numel),
-                        self.config.num_kept(segment.numel),
-                    )
-                    for segment in band.segments
-                ]
-                per_row = [
-                    sum(segment.cols * size[i] for segment, size in zip(band.segments, sizes, strict=True))
-                    for i in range(3)
-                ]
-                in_row = [0, 0, 0]
-                for segment, size in zip(band.segments, sizes, strict=True):
+            for band in self.grid(span).bands(span.start, span.numel):
+                row_size = self._row_size(band)
+                offset = band_offset
+                for segment in band.segments:
+                    size = self.block_state_size(segment.numel)
+                    state = [Extent(*extent) for extent in zip(offset, row_size, size, strict=True)]
                     yield BlockRun(
                         rows=band.rows,
                         cols=segment.cols,
                         numel=segment.numel,
-                        num_kept=size[2],
+                        num_kept=size.kept,
                         is_fragment=segment.is_fragment,
                         elements=Extent(span.offset + band.start + segment.start, band.row_numel, segment.numel),
-                        codes=Extent(codes + in_row[0], per_row[0], size[0]),
-                        buckets=Extent(buckets + in_row[1], per_row[1], size[1]),
-                        kept=Extent(kept + in_row[2], per_row[2], size[2]),
+                        codes=state[0],
+                        buckets=state[1],
+                        kept=state[2],
                     )
-                    in_row = [done + segment.cols * s for done, s in zip(in_row, size, strict=True)]
-                codes += band.rows * per_row[0]
-                buckets += band.rows * per_row[1]
-                kept += band.rows * per_row[2]
+                    offset = offset.plus(size, segment.cols)
+                band_offset = band_offset.plus(row_size, band.rows)
 
     @cached_property
     def dense_runs(self) -> tuple[DenseRun, ...]:
@@ -287,29 +328,26 @@ class StateLayout:
         """Name -> (dtype, number of elements) of every flat state tensor; a path without parameters has none."""
         tensors: dict[str, tuple[str, int]] = {}
         if any(not span.is_dense for span in self.spans):
+            total = self._span_offsets[-1]
             if self.config.ef_bits:
-                num_buckets = sum(run.num_blocks * run.buckets.size for run in self.runs)
-                tensors["codes"] = ("uint8", sum(run.num_blocks * run.codes.size for run in self.runs))
-                tensors["bucket_lo"] = ("bfloat16", num_buckets)
-                tensors["bucket_hi"] = ("bfloat16", num_buckets)
+                tensors["codes"] = ("uint8", total.codes)
+                tensors["bucket_lo"] = tensors["bucket_hi"] = ("bfloat16", total.buckets)
             if self.has_window:
-                stored = self.config.window_size * sum(run.num_blocks * run.num_kept for run in self.runs)
-                tensors["indices"] = ("uint8", INDEX_BYTES * stored)
-                tensors["values"] = ("bfloat16", stored)
+                tensors["indices"] = ("uint8", INDEX_BYTES * self.config.window_size * total.kept)
+                tensors["values"] = ("bfloat16", self.config.window_size * total.kept)
         if any(span.is_dense for span in self.spans):
-            tensors["exp_avg"] = tensors["exp_avg_sq"] = ("float32", self.dense_numel)
+            tensors |= dict.fromkeys(DENSE_TENSORS, ("float32", self.dense_numel))
         return tensors
 
     @property
     def sparse_bytes(self) -> int:
         """Bytes of the error feedback and the window."""
-        return sum(
-            numel * DTYPE_BYTES[dtype] for name, (dtype, numel) in self.tensors.items() if not name.startswith("exp_")
-        )
+        return self._num_bytes(name for name in self.tensors if name not in DENSE_TENSORS)
 
     @property
     def dense_bytes(self) -> int:
         """Bytes of the dense path's moments."""
-        return sum(
-            numel * DTYPE_BYTES[dtype] for name, (dtype, numel) in self.tensors.items() if name.startswith("exp_")
-        )
+        return self._num_bytes(name for name in self.tensors if name in DENSE_TENSORS)
+
+    def _num_bytes(self, names: Iterable[str]) -> int:
+        return sum(self.tensors[name][1] * DTYPE_BYTES[self.tensors[name][0]] for name in names)

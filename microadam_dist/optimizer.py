@@ -16,7 +16,7 @@ from .checkpoint.format import LAYOUT_KEY, describe_layouts, read_layouts
 from .config import STRUCTURAL_SETTINGS, MicroAdamConfig, reject_unknown_settings
 from .engines.base import NamedParameter, Slot, engines, find_spans, process_rank
 from .errors import CheckpointMismatchError, ConfigError, UnsupportedLayoutError
-from .layout import StateLayout
+from .layout import DENSE_TENSORS, StateLayout
 from .state import allocate_state, state_specs
 
 _PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -135,7 +135,7 @@ class MicroAdam(Optimizer):
         totals = [0, 0, 0, 0]
         for tensor, layout in self._layouts.items():
             nbytes = {name: self.state[tensor][name].nbytes for name in layout.tensors}
-            dense = sum(size for name, size in nbytes.items() if name.startswith("exp_"))
+            dense = sum(nbytes.get(name, 0) for name in DENSE_TENSORS)
             parts = (layout.sparse_numel, sum(nbytes.values()) - dense, layout.dense_numel, dense)
             totals = [total + part for total, part in zip(totals, parts, strict=True)]
         return StateBytes(*totals)

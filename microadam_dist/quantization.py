@@ -45,7 +45,7 @@ def encode_error(residual: Tensor, layout: StateLayout) -> tuple[Tensor, Tensor,
     bits, bucket_size = layout.config.ef_bits, layout.config.bucket_size
     levels = 2**bits - 1
     numel = residual.shape[1]
-    num_buckets = layout.block_num_buckets(numel)
+    num_buckets = layout.block_state_size(numel).buckets
     # A shorter last bucket is filled up with its last element, which changes neither minimum nor maximum.
     filling = residual[:, -1:].expand(-1, num_buckets * bucket_size - numel)
     buckets = torch.cat([residual, filling], dim=1).view(-1, num_buckets, bucket_size)
