@@ -1,0 +1,303 @@
+"""Re-cuts state for other shards, by (parameter, global offset). Pure: tensors in, tensors out.
+
+What is exact, and what is not. Master weights and the dense path's moments are copied element by element. So are
+codes, bucket ranges and window of every block that is whole on both sides, and of every fragment with the same ends.
+A block that is cut in another way than before is rebuilt (ours):
+
+- its error is decoded, re-cut and quantized again in buckets that begin where its new fragment begins;
+- of each slot it gets the entries that lie in it, if they are more than it keeps those with the largest magnitude;
+- unused places of a slot are empty (value 0).
+
+At most two blocks a rank and flat buffer are cut. ``step`` belongs to a local tensor; where parameters of different
+step come together in one, it gets the largest, and slots move so that each keeps its age.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..config import STRUCTURAL_SETTINGS
+from ..errors import CheckpointMismatchError
+from ..layout import DENSE_TENSORS, INDEX_BYTES, ShardSpan, StateLayout
+from ..quantization import decode_error, encode_error
+from ..state import allocate_state
+
+
+@dataclass(frozen=True)
+class SourceShard:
+    """One saved local tensor.
+
+    Attributes:
+        layout: What it describes.
+        state: Its flat state tensors and ``step``; None when it has never been stepped.
+        weights: The local tensor itself, flat.
+        origin: Where it was read from, for messages.
+    """
+
+    layout: StateLayout
+    state: Mapping[str, Tensor] | None
+    weights: Tensor
+    origin: str
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """An interval of a parameter in one source: the span's shard, its index in the layout, and its ends."""
+
+    shard: SourceShard
+    span_index: int
+    start: int
+    end: int
+
+    @property
+    def span(self) -> ShardSpan:
+        return self.shard.layout.spans[self.span_index]
+
+
+class Resharder:
+    """Finds any interval of any parameter in a set of source shards.
+
+    Args:
+        sources: All local tensors of all ranks of one checkpoint, in any order; intervals may occur more than once.
+    """
+
+    def __init__(self, sources: Iterable[SourceShard]) -> None:
+        self._pieces: dict[str, list[_Piece]] = {}
+        for shard in sources:
+            for index, span in enumerate(shard.layout.spans):
+                if span.numel:
+                    piece = _Piece(shard, index, span.start, span.start + span.numel)
+                    self._pieces.setdefault(span.fqn, []).append(piece)
+        for pieces in self._pieces.values():
+            pieces.sort(key=lambda piece: piece.start)
+
+    def weights(self, layout: StateLayout, out: Tensor) -> None:
+        """Fill the spans of the local tensor ``out`` (flat); the elements between them stay as they are."""
+        for span in layout.spans:
+            for piece in self._cover(span):
+                source = _slice(piece.span.offset - piece.span.start, piece.start, piece.end)
+                out[_slice(span.offset - span.start, piece.start, piece.end)].copy_(piece.shard.weights[source])
+
+    def state(self, layout: StateLayout) -> dict[str, Tensor] | None:
+        """State of a local tensor with that layout, on the CPU; None when none of its sources has been stepped.
+
+        Raises:
+            CheckpointMismatchError: A part of a parameter is in no source, or settings or shapes differ.
+        """
+        pieces = [list(self._cover(span)) for span in layout.spans]
+        steps = [int(p.shard.state["step"]) for cover in pieces for p in cover if p.shard.state is not None]
+        if not steps:
+            return None
+        state = allocate_state(layout, torch.device("cpu"))
+        target = _Target(layout, state, max(steps))
+        dense_start = 0
+        for index, span in enumerate(layout.spans):
+            stepped = [piece for piece in pieces[index] if piece.shard.state is not None]
+            if span.is_dense:
+                for piece in stepped:
+                    _copy_moments(piece, state, dense_start - span.start)
+                dense_start += span.numel
+            else:
+                for piece in stepped:
+                    _require_same_settings(piece.shard, layout, span.fqn)
+                    target.copy_whole_blocks(index, piece)
+                for start, end in _cut_fragments(layout, span, stepped):
+                    target.rebuild(index, start, end, [p for p in stepped if p.start < end and start < p.end])
+        return {"step": torch.tensor(target.step), **state}
+
+    def _cover(self, span: ShardSpan) -> Iterator[_Piece]:
+        """Disjoint pieces that make up the span, in order."""
+        position, end = span.start, span.start + span.numel
+        for piece in self._pieces.get(span.fqn, ()):
+            if piece.end <= position or position >= end:
+                continue
+            if piece.start > position:
+                break
+            if piece.span.global_shape != span.global_shape:
+                raise CheckpointMismatchError(
+                    f"parameter {span.fqn!r} has shape {piece.span.global_shape} in {piece.shard.origin}, "
+                    f"here {span.global_shape}. The checkpoint belongs to another model."
+                )
+            stop = min(piece.end, end)
+            yield _Piece(piece.shard, piece.span_index, position, stop)
+            position = stop
+        if position < end:
+            raise CheckpointMismatchError(
+                f"elements {position} to {end} of parameter {span.fqn!r} are nowhere in the checkpoint. "
+                "It belongs to another model, or a rank's file is missing."
+            )
+
+
+@dataclass(frozen=True)
+class _Target:
+    """The state that is being filled."""
+
+    layout: StateLayout
+    state: dict[str, Tensor]
+    step: int
+
+    def copy_whole_blocks(self, span_index: int, piece: _Piece) -> None:
+        """Copy the blocks that lie wholly inside the piece, hence are whole on both sides: they are contiguous."""
+        grid = self.layout.grid(piece.span)
+        first, first_end = grid.block_interval(piece.start)
+        start = piece.start if first == piece.start else first_end
+        last, last_end = grid.block_interval(piece.end - 1)
+        end = piece.end if last_end == piece.end else last
+        if start < end:
+            self._copy(span_index, piece, start, end)
+
+    def rebuild(self, span_index: int, start: int, end: int, pieces: Sequence[_Piece]) -> None:
+        """Fill the fragment (or whole block) [start, end) from fragments that were cut in another way."""
+        if len(pieces) == 1 and _fragment(pieces[0], start) == (start, end):
+            self._copy(span_index, pieces[0], start, end)
+            return
+        error = torch.zeros(1, end - start)
+        entries: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in range(self.layout.config.window_size)]
+        for piece in pieces:
+            overlap = max(start, piece.start), min(end, piece.end)
+            self._read_fragment(piece, start, overlap, error, entries)
+        offset, size = self.layout.state_offset(span_index, start), self.layout.block_state_size(end - start)
+        if self.layout.config.ef_bits:
+            for name, new in zip(("codes", "bucket_lo", "bucket_hi"), encode_error(error, self.layout), strict=True):
+                position, length = (offset.codes, size.codes) if name == "codes" else (offset.buckets, size.buckets)
+                self.state[name][position : position + length] = new[0]
+        if self.layout.has_window:
+            indices, values = _window(self.state, self.layout, offset.kept, size.kept)
+            for slot, (found_indices, found_values) in enumerate(entries):
+                indices[0, slot], values[0, slot] = _fit_slot(found_indices, found_values, size.kept)
+
+    def _copy(self, span_index: int, piece: _Piece, start: int, end: int) -> None:
+        """Copy [start, end): whole blocks, or a fragment with the same ends on both sides."""
+        source_layout, source = piece.shard.layout, piece.shard.state
+        assert source is not None  # callers pass pieces with state only
+        ours, ours_end = (self.layout.state_offset(span_index, position) for position in (start, end))
+        theirs, theirs_end = (source_layout.state_offset(piece.span_index, position) for position in (start, end))
+        if self.layout.config.ef_bits:
+            self.state["codes"][ours.codes : ours_end.codes] = source["codes"][theirs.codes : theirs_end.codes]
+            for name in ("bucket_lo", "bucket_hi"):
+                self.state[name][ours.buckets : ours_end.buckets] = source[name][theirs.buckets : theirs_end.buckets]
+        if self.layout.has_window:
+            slots = self.layout.config.window_size
+            shift = (self.step - int(source["step"])) % slots
+            for name, width in (("indices", INDEX_BYTES * slots), ("values", slots)):
+                window = source[name][width * theirs.kept : width * theirs_end.kept]
+                if shift:
+                    window = self._shift_slots(piece, start, end, window, shift, width)
+                self.state[name][width * ours.kept : width * ours_end.kept] = window
+
+    def _shift_slots(self, piece: _Piece, start: int, end: int, window: Tensor, shift: int, width: int) -> Tensor:
+        """Move the slots of every block in [start, end) by ``shift`` places; ``width`` tensor elements a kept value."""
+        shifted, position = [], 0
+        while start < end:
+            block_end = min(end, self.layout.grid(piece.span).block_interval(start)[1])
+            length = width * self.layout.block_state_size(block_end - start).kept
+            slots = window[position : position + length].view(self.layout.config.window_size, -1)
+            shifted.append(slots.roll(shift, dims=0).flatten())
+            position, start = position + length, block_end
+        return torch.cat(shifted)
+
+    def _read_fragment(
+        self,
+        piece: _Piece,
+        start: int,
+        overlap: tuple[int, int],
+        error: Tensor,
+        entries: list[tuple[list[Tensor], list[Tensor]]],
+    ) -> None:
+        """Add what a source fragment has in ``overlap`` to the error and, slot by slot, to the entries.
+
+        Args:
+            piece: The source.
+            start: First element of the fragment that is rebuilt; indices are counted from it.
+            overlap: The ends of what is taken.
+            error: (1, numel) fp32.
+            entries: Indices and values by slot of the target.
+        """
+        layout, state = piece.shard.layout, piece.shard.state
+        assert state is not None  # callers pass pieces with state only
+        first, end = _fragment(piece, overlap[0])
+        offset, size = layout.state_offset(piece.span_index, first), layout.block_state_size(end - first)
+        if layout.config.ef_bits:
+            codes = state["codes"][None, offset.codes : offset.codes + size.codes]
+            lo, hi = (
+                state[name][None, offset.buckets : offset.buckets + size.buckets].float()
+                for name in ("bucket_lo", "bucket_hi")
+            )
+            decoded = decode_error(codes, lo, hi, layout, end - first)
+            error[:, overlap[0] - start : overlap[1] - start] = decoded[:, overlap[0] - first : overlap[1] - first]
+        if layout.has_window:
+            indices, values = _window(state, layout, offset.kept, size.kept)
+            for slot in range(layout.config.window_size):
+                position = indices[0, slot].long() + first
+                taken = (values[0, slot] != 0) & (position >= overlap[0]) & (position < overlap[1])
+                target_slot = (slot + self.step - int(state["step"])) % layout.config.window_size
+                entries[target_slot][0].append(position[taken] - start)
+                entries[target_slot][1].append(values[0, slot][taken])
+
+
+def _window(state: Mapping[str, Tensor], layout: StateLayout, kept_offset: int, num_kept: int) -> tuple[Tensor, Tensor]:
+    """Views of one block's window: indices (1, window_size, num_kept) int16 and values bf16."""
+    slots = layout.config.window_size
+    interval = slice(slots * kept_offset, slots * (kept_offset + num_kept))
+    indices = state["indices"].view(torch.int16)[interval].view(1, slots, num_kept)
+    return indices, state["values"][interval].view(1, slots, num_kept)
+
+
+def _fit_slot(indices: Sequence[Tensor], values: Sequence[Tensor], num_kept: int) -> tuple[Tensor, Tensor]:
+    """Exactly ``num_kept`` entries, indices ascending: the largest magnitudes, or all and empty places."""
+    index, value = torch.cat(list(indices)), torch.cat(list(values))
+    order = index.argsort()
+    index, value = index[order], value[order]
+    if len(index) > num_kept:
+        largest = value.abs().argsort(descending=True, stable=True)[:num_kept].sort().values
+        return index[largest].short(), value[largest]
+    unused = torch.ones(num_kept, dtype=torch.bool)
+    unused[index[index < num_kept]] = False  # at least as many as there are places to fill
+    empty = unused.nonzero().flatten()[: num_kept - len(index)]
+    index, value = torch.cat([index, empty]), torch.cat([value, value.new_zeros(len(empty))])
+    order = index.argsort()
+    return index[order].short(), value[order]
+
+
+def _fragment(piece: _Piece, position: int) -> tuple[int, int]:
+    """Ends of the source's block or fragment that holds the element at ``position``."""
+    start, end = piece.shard.layout.grid(piece.span).block_interval(position)
+    return max(start, piece.span.start), min(end, piece.span.start + piece.span.numel)
+
+
+def _cut_fragments(layout: StateLayout, span: ShardSpan, pieces: Sequence[_Piece]) -> list[tuple[int, int]]:
+    """The span's part of every block that is not wholly inside one piece."""
+    fragments = set()
+    for piece in pieces:
+        for position in (piece.start, piece.end - 1):
+            start, end = layout.grid(span).block_interval(position)
+            if start < piece.start or end > piece.end:
+                fragments.add((max(start, span.start), min(end, span.start + span.numel)))
+    return sorted(fragments)
+
+
+def _copy_moments(piece: _Piece, state: Mapping[str, Tensor], offset: int) -> None:
+    """Copy the piece's moments to where position 0 of the parameter would be at ``offset``."""
+    assert piece.shard.state is not None  # callers pass pieces with state only
+    source_offset = sum(span.numel for span in piece.shard.layout.spans[: piece.span_index] if span.is_dense)
+    source = _slice(source_offset - piece.span.start, piece.start, piece.end)
+    for name in DENSE_TENSORS:
+        state[name][_slice(offset, piece.start, piece.end)] = piece.shard.state[name][source]
+
+
+def _slice(offset: int, start: int, end: int) -> slice:
+    return slice(offset + start, offset + end)
+
+
+def _require_same_settings(shard: SourceShard, layout: StateLayout, fqn: str) -> None:
+    for name in STRUCTURAL_SETTINGS:
+        theirs, ours = getattr(shard.layout.config, name), getattr(layout.config, name)
+        if theirs != ours:
+            raise CheckpointMismatchError(
+                f"parameter {fqn!r} was trained with {name}={theirs} in {shard.origin}, this optimizer has {ours}. "
+                f"State cannot be converted; construct the optimizer with {name}={theirs}."
+            )

@@ -1,0 +1,263 @@
+"""Re-cutting state: exact for blocks that are whole on both sides or cut at the same place, lossless where it can be."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from microadam_dist import CheckpointMismatchError, MicroAdamConfig
+from microadam_dist.backends.base import TensorStep
+from microadam_dist.backends.reference import ReferenceBackend
+from microadam_dist.checkpoint.reshard import Resharder, SourceShard
+from microadam_dist.layout import ShardSpan, StateLayout
+from microadam_dist.quantization import decode_error
+from microadam_dist.state import allocate_state
+
+SHAPES = {"a": (30, 300), "norm": (300,), "b": (17, 1001), "c": (64, 64)}
+CONFIG = MicroAdamConfig(lr=1e-2, window_size=4, density=0.05, block_size=256)
+
+
+def flat_layouts(world_size: int, config: MicroAdamConfig = CONFIG) -> list[StateLayout]:
+    """ZeRO-1 and 2: all parameters one after the other, cut anywhere, padded at the end."""
+    total = sum(map(math.prod, SHAPES.values()))
+    share = -(-total // (2 * world_size)) * 2
+    layouts = []
+    for rank in range(world_size):
+        spans, begin = [], 0
+        for name, shape in SHAPES.items():
+            start, end = max(begin, rank * share), min(begin + math.prod(shape), (rank + 1) * share)
+            if start < end:
+                spans.append(ShardSpan(name, shape, start - begin, end - start, start - rank * share))
+            begin += math.prod(shape)
+        layouts.append(StateLayout(tuple(spans), config))
+    return layouts
+
+
+def row_layouts(world_size: int, config: MicroAdamConfig = CONFIG) -> list[StateLayout]:
+    """FSDP2: whole rows of every parameter, uneven, possibly none."""
+    layouts = []
+    for rank in range(world_size):
+        spans, offset = [], 0
+        for name, shape in SHAPES.items():
+            rows = -(-shape[0] // world_size)
+            first, last = min(rank * rows, shape[0]), min((rank + 1) * rows, shape[0])
+            row = math.prod(shape) // shape[0]
+            spans.append(ShardSpan(name, shape, first * row, (last - first) * row, offset))
+            offset += (last - first) * row
+        layouts.append(StateLayout(tuple(spans), config))
+    return layouts
+
+
+def train(layouts: list[StateLayout], num_steps: int = 7) -> list[SourceShard]:
+    """Every shard is trained on its part of the same gradients."""
+    shards = []
+    for rank, layout in enumerate(layouts):
+        generator = torch.Generator().manual_seed(0)
+        weights = {name: torch.randn(shape, generator=generator).flatten() for name, shape in SHAPES.items()}
+        local, state = cut(layout, weights), allocate_state(layout, torch.device("cpu"))
+        for step in range(num_steps):
+            grads = {name: torch.randn(shape, generator=generator).flatten() for name, shape in SHAPES.items()}
+            ReferenceBackend().step([TensorStep(local, cut(layout, grads), state, layout, step)], layout.config, 1.0)
+        shards.append(SourceShard(layout, {"step": torch.tensor(num_steps), **state}, local, f"rank {rank}"))
+    return shards
+
+
+def cut(layout: StateLayout, full: dict[str, Tensor]) -> Tensor:
+    local = torch.zeros(max((span.offset + span.numel for span in layout.spans), default=0))
+    for span in layout.spans:
+        local[span.offset : span.offset + span.numel] = full[span.fqn][span.start : span.start + span.numel]
+    return local
+
+
+def reshard(sources: list[SourceShard], layouts: list[StateLayout]) -> list[SourceShard]:
+    resharder = Resharder(sources)
+    targets = []
+    for layout in layouts:
+        weights = cut(layout, {name: torch.full((math.prod(shape),), math.nan) for name, shape in SHAPES.items()})
+        resharder.weights(layout, weights)
+        targets.append(SourceShard(layout, resharder.state(layout), weights, "resharded"))
+    return targets
+
+
+def blocks(shards: list[SourceShard]) -> dict[tuple[str, int, int], dict[str, Tensor]]:
+    """Every block's own state, by (parameter, global start, length), read through the runs of the layout."""
+    found = {}
+    for shard in shards:
+        for run in shard.layout.runs:
+            for row in range(run.rows):
+                for col in range(run.cols):
+                    place = run.elements.start + row * run.elements.row_stride + col * run.numel
+                    span = next(s for s in shard.layout.spans if s.offset <= place < s.offset + s.numel)
+                    state = {"weights": shard.weights[place : place + run.numel]}
+                    for name, extent, width in (
+                        ("codes", run.codes, 1),
+                        ("bucket_lo", run.buckets, 1),
+                        ("bucket_hi", run.buckets, 1),
+                        ("indices", run.kept, 2 * shard.layout.config.window_size),
+                        ("values", run.kept, shard.layout.config.window_size),
+                    ):
+                        if name in shard.state:
+                            first = width * (extent.start + row * extent.row_stride + col * extent.size)
+                            state[name] = shard.state[name][first : first + width * extent.size]
+                    found[span.fqn, span.start + place - span.offset, run.numel] = state
+    return found
+
+
+def dense(shards: list[SourceShard]) -> dict[tuple[str, str, int], float]:
+    return {
+        (name, span.fqn, span.start + i): float(shard.state[name][run.state_start + i])
+        for shard in shards
+        for run, span in zip(shard.layout.dense_runs, (s for s in shard.layout.spans if s.is_dense), strict=True)
+        for i in range(run.numel)
+        for name in ("exp_avg", "exp_avg_sq")
+    }
+
+
+def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], expected[name]) for name in got)
+
+
+@pytest.mark.parametrize("config", [CONFIG, MicroAdamConfig(window_size=1, density=0.1), MicroAdamConfig(ef_bits=0)])
+@pytest.mark.parametrize("before, after", [(1, 4), (4, 1), (2, 3), (3, 4), (4, 4)])
+def test_rows_reshard_to_what_training_there_gives(before: int, after: int, config: MicroAdamConfig) -> None:
+    got = reshard(train(row_layouts(before, config)), row_layouts(after, config))
+    expected = train(row_layouts(after, config))
+    for shard, straight in zip(got, expected, strict=True):
+        assert torch.equal(shard.weights, straight.weights)
+        assert_same(shard.state, straight.state)
+
+
+@pytest.mark.parametrize("before, after", [(1, 2), (2, 4), (4, 3), (3, 1), (3, 3)])
+def test_flat_shards_keep_every_block_that_is_cut_nowhere_or_in_the_same_place(before: int, after: int) -> None:
+    source, target = train(flat_layouts(before)), None
+    target = reshard(source, flat_layouts(after))
+    theirs, ours = blocks(source), blocks(target)
+    common = theirs.keys() & ours.keys()
+    assert len(ours) - len(common) <= 2 * (before + after - 2)
+    for key in common:
+        assert_same(ours[key], theirs[key])
+    assert dense(source) == dense(target)
+    assert torch.equal(full_weights(source), full_weights(target))
+
+
+def full_weights(shards: list[SourceShard]) -> Tensor:
+    return torch.cat([s.weights[p.offset : p.offset + p.numel] for s in shards for p in s.layout.spans])
+
+
+def test_rows_to_flat_and_back() -> None:
+    source = train(row_layouts(3))
+    back = reshard(reshard(source, flat_layouts(2)), row_layouts(3))
+    theirs, ours = blocks(source), blocks(back)
+    assert theirs.keys() == ours.keys()
+    differing = [key for key in theirs if not torch.equal(theirs[key]["codes"], ours[key]["codes"])]
+    assert len(differing) <= 1  # the block that two flat shards share
+
+
+def test_a_cut_block_keeps_its_error_and_its_largest_entries() -> None:
+    shape = (20, 256)
+
+    def layout(*interval: int) -> StateLayout:
+        return StateLayout((ShardSpan("w", shape, *interval),), CONFIG)
+
+    def decoded(shard: SourceShard) -> Tensor:
+        """The error of the whole second row."""
+        parts = []
+        for block in (block for key, block in sorted(blocks([shard]).items()) if 256 <= key[1] < 512):
+            numel = len(block["weights"])
+            lo, hi = (block[name][None].float() for name in ("bucket_lo", "bucket_hi"))
+            parts.append(decode_error(block["codes"][None], lo, hi, shard.layout, numel)[0])
+        return torch.cat(parts)
+
+    generator = torch.Generator().manual_seed(0)
+    whole = layout(0, 5120)
+    state = allocate_state(whole, torch.device("cpu"))
+    weights = torch.zeros(5120)
+    for step in range(6):
+        grad = torch.randn(5120, generator=generator)
+        ReferenceBackend().step([TensorStep(weights, grad, state, whole, step)], CONFIG, 1.0)
+    source = SourceShard(whole, {"step": torch.tensor(6), **state}, weights, "whole")
+
+    resharder = Resharder([source])
+    for start in (256 + 100, 256 + 65):
+        part = layout(start, 512 - start)
+        target = SourceShard(part, resharder.state(part), weights[start:512], "part")
+        bucket_widths = state["bucket_hi"][4:8].float() - state["bucket_lo"][4:8].float()
+        error = (decoded(target) - decoded(source)[start - 256 :]).abs()
+        assert error.max() <= 1.1 * bucket_widths.max() / 15  # two quantizations, one step at most
+        (old,) = (block for key, block in blocks([source]).items() if key[1] == 256)
+        (new,) = blocks([target]).values()
+        for slot in range(4):
+            expected = entries(old, slot, first=256, start=start)[: CONFIG.num_kept(512 - start)]
+            assert entries(new, slot, first=start, start=start) == expected
+
+
+def entries(block: dict[str, Tensor], slot: int, first: int, start: int) -> list[tuple[int, float]]:
+    """(global index, value) of one slot from ``start`` on, largest magnitude first; empty places left out."""
+    values = block["values"].view(4, -1)[slot].tolist()
+    indices = block["indices"].view(torch.int16).view(4, -1)[slot].tolist()
+    assert indices == sorted(set(indices))
+    found = [(first + i, value) for i, value in zip(indices, values, strict=True) if value and first + i >= start]
+    return sorted(found, key=lambda entry: (-abs(entry[1]), entry[0]))
+
+
+def test_steps_may_differ_and_slots_keep_their_age() -> None:
+    """Two parameters with 3 and 6 steps come together in one flat tensor: the younger one's slots move by 3."""
+    shapes = {"x": (16, 256), "y": (16, 256)}
+    sources = []
+    for (name, shape), num_steps in zip(shapes.items(), (3, 6), strict=True):
+        layout = StateLayout((ShardSpan(name, shape, 0, 4096),), CONFIG)
+        state, weights = allocate_state(layout, torch.device("cpu")), torch.zeros(4096)
+        generator = torch.Generator().manual_seed(1)
+        for step in range(num_steps):
+            grad = torch.randn(4096, generator=generator)
+            ReferenceBackend().step([TensorStep(weights, grad, state, layout, step)], CONFIG, 1.0)
+        sources.append(SourceShard(layout, {"step": torch.tensor(num_steps), **state}, weights, name))
+    spans = tuple(ShardSpan(name, shape, 0, 4096, 4096 * i) for i, (name, shape) in enumerate(shapes.items()))
+    target = Resharder(sources).state(StateLayout(spans, CONFIG))
+    assert int(target["step"]) == 6
+    values = target["values"].view(2, 16, 4, -1)
+    old, young = (source.state["values"].view(16, 4, -1) for source in reversed(sources))
+    assert torch.equal(values[1], old)
+    for age in range(4):
+        assert torch.equal(values[0][:, (5 - age) % 4], young[:, (2 - age) % 4])
+
+
+def test_unstepped_sources_give_no_state() -> None:
+    sources = [SourceShard(layout, None, torch.zeros(20000), "fresh") for layout in flat_layouts(2)]
+    assert Resharder(sources).state(flat_layouts(1)[0]) is None
+
+
+@pytest.mark.parametrize("damage", ["missing", "shape", "settings", "name"])
+def test_what_does_not_fit_is_named(damage: str) -> None:
+    sources: list[Any] = train(flat_layouts(2), num_steps=1)
+    if damage == "missing":
+        sources.pop()
+    if damage == "settings":
+        other = MicroAdamConfig(window_size=5, density=0.05, block_size=256)
+        sources = train(flat_layouts(2, other), num_steps=1)
+    spans = {
+        "shape": (ShardSpan("a", (60, 150), 0, 9000),),
+        "name": (ShardSpan("z", (30, 300), 0, 9000),),
+    }.get(damage, flat_layouts(1)[0].spans)
+    expected = {"missing": "'b'", "shape": "(30, 300)", "settings": "window_size=5", "name": "'z'"}[damage]
+    with pytest.raises(CheckpointMismatchError) as error:
+        Resharder(sources).state(StateLayout(spans, CONFIG))
+    assert expected in str(error.value)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(1, 8), min_size=2, max_size=4))
+def test_any_chain_of_row_shardings_is_the_identity(chain: list[int]) -> None:
+    source = shards = train(row_layouts(chain[0]), num_steps=2)
+    for world_size in [*chain[1:], chain[0]]:
+        shards = reshard(shards, row_layouts(world_size))
+    for got, expected in zip(shards, source, strict=True):
+        assert torch.equal(got.weights, expected.weights)
+        assert_same(got.state, expected.state)
