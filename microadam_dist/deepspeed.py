@@ -6,9 +6,16 @@ the classes on its list; `register` does the former, and the class adds itself t
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
 
-from .engines.deepspeed import whitelist
+from .checkpoint.deepspeed import DeepSpeedCheckpoint, read_checkpoint
+from .checkpoint.reshard import Resharder
+from .engines.base import raise_together
+from .engines.deepspeed import filled_param_groups, load_untrained, publish_master_weights, whitelist
+from .errors import CheckpointMismatchError
 from .optimizer import MicroAdam
 
 
@@ -31,3 +38,96 @@ def disable_shm_allreduce() -> None:
     for name in deepspeed.ops.__compatible_ops__:
         if "shm" in name:
             deepspeed.ops.__compatible_ops__[name] = False
+
+
+def load_checkpoint(engine: Any, folder: str | Path, tag: str | None = None) -> tuple[str, dict[str, Any]]:
+    """Resume from a checkpoint of any number of ranks and any ZeRO stage.
+
+    Reads what ``engine.save_checkpoint(folder)`` wrote: weights, optimizer state, learning rates and their scheduler,
+    counters. Master weights are exact; so is the state of every block that is cut on neither side, see
+    `checkpoint.reshard` for the others. Call it on every rank, after `deepspeed.initialize`.
+
+    Args:
+        engine: A DeepSpeed engine around `MicroAdam`.
+        folder: The checkpoint folder.
+        tag: Which checkpoint in it; the newest by default.
+
+    Returns:
+        The folder it was read from and the client state that was saved, as ``engine.load_checkpoint`` does.
+
+    Raises:
+        CheckpointMismatchError: A file is missing, damaged or foreign, or the checkpoint belongs to another model.
+            Raised on every rank; the engine is as it was.
+    """
+    optimizer: MicroAdam = engine.basic_optimizer
+    with filled_param_groups(engine):
+        with raise_together():
+            checkpoint = read_checkpoint(folder, tag)
+            resharder = Resharder(shard for shards in checkpoint.shards for shard in shards)
+            _require_same_parameters(engine, checkpoint)
+            layouts = optimizer.layouts()
+            states = {p: resharder.state(layout) for p, layout in layouts.items()}
+        optimizer.load_shards(states)
+        for p, layout in layouts.items():
+            resharder.weights(layout, p.detach().view(-1))
+        _load_group_settings(optimizer, checkpoint)
+    load_untrained(engine, checkpoint.untrained_tensors())
+    publish_master_weights(engine)
+    return str(checkpoint.folder), _load_counters(engine, checkpoint)
+
+
+def _require_same_parameters(engine: Any, checkpoint: DeepSpeedCheckpoint) -> None:
+    """Every tensor of the module must be in the checkpoint, trained or not."""
+    trained = {span.fqn for shards in checkpoint.shards for shard in shards for span in shard.layout.spans}
+    there = trained | set(checkpoint.untrained_tensors())
+    missing = [name for name, _ in engine.module.named_parameters() if name not in there]
+    if missing:
+        raise CheckpointMismatchError(
+            f"parameters {missing[:3]} (of {len(missing)}) are not in {checkpoint.folder}: it belongs to another model."
+        )
+
+
+def _load_group_settings(optimizer: MicroAdam, checkpoint: DeepSpeedCheckpoint) -> None:
+    saved_groups = checkpoint.param_groups
+    if len(saved_groups) != len(optimizer.param_groups):
+        return  # other groups than before: their settings are the user's
+    for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
+        group.update({key: value for key, value in saved.items() if key not in ("params", "param_names")})
+
+
+def _load_counters(engine: Any, checkpoint: DeepSpeedCheckpoint) -> dict[str, Any]:
+    """Restore counters, scheduler and loss scale; returns what else was saved."""
+    states = dict(checkpoint.model_states[0])
+    engine.global_steps = states["global_steps"]
+    engine.global_samples = states["global_samples"]
+    engine.skipped_steps = states["skipped_steps"]
+    if engine.lr_scheduler is not None and states.get("lr_scheduler") is not None:
+        engine.lr_scheduler.load_state_dict(states["lr_scheduler"])
+    loss_scaler = checkpoint.loss_scaler
+    if loss_scaler is not None and hasattr(engine.optimizer, "loss_scaler"):
+        engine.optimizer.loss_scaler = loss_scaler
+    return {key: value for key, value in states.items() if key not in _DEEPSPEED_KEYS}
+
+
+# What DeepSpeed itself writes into the model file; the rest is the user's client state.
+_DEEPSPEED_KEYS = {
+    "module",
+    "buffer_names",
+    "optimizer",
+    "param_shapes",
+    "frozen_param_shapes",
+    "shared_params",
+    "frozen_param_fragments",
+    "lr_scheduler",
+    "data_sampler",
+    "random_ltd",
+    "sparse_tensor_module_names",
+    "skipped_steps",
+    "global_steps",
+    "global_samples",
+    "dp_world_size",
+    "mp_world_size",
+    "checkpoint_parallel_dimensions",
+    "ds_config",
+    "ds_version",
+}

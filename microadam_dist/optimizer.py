@@ -311,6 +311,27 @@ class MicroAdam(Optimizer):
                     )
         return list(chain.from_iterable(group["params"] for group in self.param_groups))
 
+    # ---------------------------------------------------------------- shards, for checkpoint adapters
+
+    def layouts(self) -> dict[Tensor, StateLayout]:
+        """What each tensor in the param groups holds, whether it has state yet or not."""
+        tensors = list(chain.from_iterable(group["params"] for group in self.param_groups))
+        found = self._find_layouts(tensors)
+        return {p: self._layouts.get(p) or found[p] for p in tensors}
+
+    def load_shards(self, states: Mapping[Tensor, Mapping[str, Tensor] | None]) -> None:
+        """Replace the state of tensors by state laid out as `layouts` says; None takes it away."""
+        layouts = self.layouts()
+        for p, state in states.items():
+            if state is None:
+                self._layouts.pop(p, None)
+                self.state.pop(p, None)
+            else:
+                self._layouts[p] = layouts[p]
+                self.state[p] = {
+                    name: tensor if name == "step" else tensor.to(p.device) for name, tensor in state.items()
+                }
+
     # ---------------------------------------------------------------- pickling
 
     def __getstate__(self) -> dict[str, Any]:

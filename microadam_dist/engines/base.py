@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import UnsupportedLayoutError
+from ..errors import CheckpointMismatchError, UnsupportedLayoutError
 from ..layout import ShardSpan
 
 
@@ -81,6 +82,24 @@ def find_spans(slot: Slot) -> tuple[ShardSpan, ...]:
         "is neither a parameter the optimizer was constructed with nor a shard of a known engine. Construct MicroAdam "
         "with the model's own parameters, and let the engine (DeepSpeed, DDP) replace them."
     )
+
+
+@contextlib.contextmanager
+def raise_together() -> Iterator[None]:
+    """If the body raises on any rank, raise on every rank: none goes on alone, or waits for one that is gone."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    messages: list[str | None] = [None] * process_rank()[1]
+    if len(messages) > 1:
+        dist.all_gather_object(messages, None if error is None else str(error))
+    if error is not None:
+        raise error
+    for rank, message in enumerate(messages):
+        if message is not None:
+            raise CheckpointMismatchError(f"rank {rank}: {message}")
 
 
 def process_rank() -> tuple[int, int]:

@@ -6,11 +6,13 @@ leaves on the model's parameters; facts about its internals were measured with d
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -156,6 +158,57 @@ def _master_copy_spans(slot: Slot) -> tuple[ShardSpan, ...] | None:
     if len(trainable) != slot.group_size or trainable[slot.position].param.shape != slot.tensor.shape:
         return None
     return (ShardSpan(trainable[slot.position].fqn, tuple(slot.tensor.shape), start=0, numel=slot.tensor.numel()),)
+
+
+@contextlib.contextmanager
+def filled_param_groups(engine: Any) -> Iterator[None]:
+    """ZeRO-3 keeps the base optimizer's param groups empty between steps; inside this they hold the shards."""
+    zero = engine.optimizer
+    if not hasattr(zero, "_set_fp32_optimizer_param_groups"):
+        yield
+        return
+    zero._set_fp32_optimizer_param_groups()
+    try:
+        yield
+    finally:
+        zero._clear_fp32_optimizer_param_groups()
+
+
+def publish_master_weights(engine: Any) -> None:
+    """Bring the module's weights, on all ranks, up to the master weights the optimizer holds."""
+    zero = engine.optimizer
+    if hasattr(zero, "fp32_partitioned_groups_flat"):  # stage 3
+        for master, flat, partitions in zip(
+            zero.fp32_partitioned_groups_flat,
+            zero.fp16_partitioned_groups_flat,
+            zero.fp16_partitioned_groups,
+            strict=True,
+        ):
+            flat.data.copy_(master.data)
+            for partition, updated in zip(partitions, zero.unflatten(flat, partitions), strict=True):
+                partition.data = updated.data
+        zero.checkpoint_event_epilogue()  # gathers the small parameters that stay whole on every rank
+    elif hasattr(zero, "update_lp_params"):  # stages 1 and 2
+        zero.update_lp_params()
+    elif hasattr(zero, "fp32_groups"):  # stage 0 with master copies
+        for masters, params in zip(zero.fp32_groups, zero.fp16_groups, strict=True):
+            for master, param in zip(masters, params, strict=True):
+                param.data.copy_(master.data)
+
+
+def load_untrained(engine: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Copy whole buffers and frozen parameters into the module; under ZeRO-3 into each rank's part."""
+    import deepspeed
+
+    parameters, buffers = dict(engine.module.named_parameters()), dict(engine.module.named_buffers())
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            if name in buffers:
+                buffers[name].copy_(tensor)
+            elif name in parameters:
+                param = parameters[name]
+                with deepspeed.zero.GatheredParameters([param], modifier_rank=0, enabled=hasattr(param, "ds_id")):
+                    param.copy_(tensor)
 
 
 def _index_of(tensor: Tensor, tensors: Sequence[Tensor]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from microadam_dist import MicroAdam
+from microadam_dist.layout import StateLayout
 from tests.deepspeed.engines import (
     SETTINGS,
     base_optimizer,
@@ -37,15 +39,23 @@ def plain_weights(dtype: torch.dtype) -> dict[str, Tensor]:
     return {name.removesuffix(".weight"): p.detach().to(dtype) for name, p in model.named_parameters()}
 
 
-def cut_intervals(optimizer: MicroAdam) -> list[tuple[str, int, int]]:
-    """(parameter, global start, length) of this rank's fragments."""
+def cut_intervals(layouts: Iterable[StateLayout]) -> list[tuple[str, int, int]]:
+    """(parameter, global start, length) of the fragments."""
     intervals = []
-    for layout in optimizer._layouts.values():
+    for layout in layouts:
         for run in layout.runs:
             if run.is_fragment:
                 span = next(s for s in layout.spans if 0 <= run.elements.start - s.offset < s.numel)
                 intervals.append((span.fqn, span.start + run.elements.start - span.offset, run.numel))
     return intervals
+
+
+def uncut_masks(weights: dict[str, Tensor], cuts: Iterable[tuple[str, int, int]]) -> dict[str, Tensor]:
+    """True for every element, flat, that lies in none of the cut intervals."""
+    masks = {name: torch.ones(weight.numel(), dtype=torch.bool) for name, weight in weights.items()}
+    for fqn, start, numel in cuts:
+        masks[fqn.removesuffix(".weight")][start : start + numel] = False
+    return masks
 
 
 def _train_stages(rank: int, world_size: int, configs: list[tuple[int, str, dict[str, Any]]]) -> list[Any]:
@@ -56,7 +66,7 @@ def _train_stages(rank: int, world_size: int, configs: list[tuple[int, str, dict
         train(engine, make_gradients(NUM_STEPS, dtype))
         optimizer = base_optimizer(engine)
         gathered: list[Any] = [None] * world_size
-        dist.all_gather_object(gathered, cut_intervals(optimizer))
+        dist.all_gather_object(gathered, cut_intervals(optimizer._layouts.values()))
         results.append((full_weights(engine), [cut for cuts in gathered for cut in cuts], optimizer.state_bytes()))
         engine.destroy()
     return results
@@ -90,9 +100,7 @@ def test_uncut_blocks_are_bit_identical_to_one_process(trained: tuple[int, list[
     expected = plain_weights(getattr(torch, dtype_name))
     for rank in range(world_size):
         weights, cuts, _ = results[rank][index]
-        uncut = {name: torch.ones(weights[name].numel(), dtype=torch.bool) for name in expected}
-        for fqn, start, numel in cuts:
-            uncut[fqn.removesuffix(".weight")][start : start + numel] = False
+        uncut = uncut_masks(weights, cuts)
         for name in expected:
             got, want = weights[name].flatten()[uncut[name]], expected[name].flatten()[uncut[name]]
             assert torch.equal(got, want), f"{name} on rank {rank}"

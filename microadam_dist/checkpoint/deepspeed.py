@@ -1,0 +1,188 @@
+"""Reads checkpoints written by DeepSpeed's `save_checkpoint`, of any stage and number of ranks.
+
+    <dir>/latest                                              name of the newest tag
+    <dir>/<tag>/mp_rank_00_model_states.pt                    stages 0 to 2: modules, counters; stage 0: the optimizer
+    <dir>/<tag>/zero_pp_rank_<r>_mp_rank_00_model_states.pt   stage 3: the same, parameters empty but for frozen ones
+    <dir>/<tag>/[bf16_]zero_pp_rank_<r>_mp_rank_00_optim_states.pt   stages 1 to 3: rank r's shards
+
+What DeepSpeed 0.19.8 writes. The files are memory-mapped: only what is copied is read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointMismatchError
+from ..layout import StateLayout
+from .format import LAYOUT_KEY, read_layouts
+from .reshard import SourceShard
+
+_OPTIM_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+_MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
+
+
+@dataclass(frozen=True)
+class DeepSpeedCheckpoint:
+    """One tag of a DeepSpeed checkpoint.
+
+    Attributes:
+        folder: The tag's folder.
+        model_states: Content of the model files, by rank; one for stages 0 to 2.
+        optim_states: Content of the optimizer files, by rank; none for stage 0.
+        shards: All local tensors of all ranks, in a list for each rank.
+    """
+
+    folder: Path
+    model_states: list[Mapping[str, Any]]
+    optim_states: list[Mapping[str, Any]]
+    shards: list[list[SourceShard]]
+
+    @property
+    def stage(self) -> int:
+        """The ZeRO stage that wrote it (1 and 2 write the same)."""
+        if not self.optim_states:
+            return 0
+        return 3 if "fp32_flat_groups" in self.optim_states[0]["optimizer_state_dict"] else 2
+
+    @property
+    def param_groups(self) -> Sequence[Mapping[str, Any]]:
+        """The saved param groups: learning rates and other settings at the time."""
+        groups: Sequence[Mapping[str, Any]] = self._base_state(0)["param_groups"]
+        return groups
+
+    def untrained_tensors(self) -> dict[str, Tensor]:
+        """What no optimizer state describes, whole: buffers, frozen parameters, parameters never stepped."""
+        trained = {span.fqn for shards in self.shards for shard in shards for span in shard.layout.spans}
+        first = self.model_states[0]
+        found = {name: tensor for name, tensor in first["module"].items() if name not in trained}
+        if self.stage == 3:  # parameters are empty there
+            found = {name: found[name] for name in first["buffer_names"]}
+        for name, shape in (first.get("frozen_param_shapes") or {}).items():
+            fragments = [states["frozen_param_fragments"][name].flatten() for states in self.model_states]
+            found[name] = torch.cat(fragments)[: shape.numel()].view(shape)
+        return found
+
+    @property
+    def loss_scaler(self) -> Any:
+        """DeepSpeed's loss scaler, None from stage 0."""
+        return self.optim_states[0]["optimizer_state_dict"].get("loss_scaler") if self.optim_states else None
+
+    def _base_state(self, rank: int) -> Mapping[str, Any]:
+        return _base_state(self.optim_states[rank] if self.optim_states else self.model_states[0])
+
+
+def read_checkpoint(folder: str | Path, tag: str | None = None) -> DeepSpeedCheckpoint:
+    """Open a checkpoint and check that it is whole.
+
+    Args:
+        folder: What was given to `save_checkpoint`.
+        tag: Which one in it; the newest by default.
+
+    Raises:
+        CheckpointMismatchError: Names the file that is missing, truncated or not ours.
+    """
+    root = Path(folder)
+    if tag is None:
+        latest = root / "latest"
+        if not latest.is_file():
+            raise CheckpointMismatchError(f"{latest} is missing: {root} is no DeepSpeed checkpoint, or give a tag.")
+        tag = latest.read_text().strip()
+    model_files = _files_by_rank(root / tag, _MODEL_FILE)
+    optim_files = _files_by_rank(root / tag, _OPTIM_FILE)
+    if not model_files:
+        raise CheckpointMismatchError(f"{root / tag} holds no *_model_states.pt: it is not a DeepSpeed checkpoint.")
+    model_states = [_load(path) for path in model_files]
+    optim_states = [_load(path) for path in optim_files]
+    _require_all_ranks(optim_files, model_states[0])
+    if optim_states:
+        shards = [_zero_shards(*pair) for pair in zip(optim_files, optim_states, strict=True)]
+    else:
+        shards = [_stage0_shards(model_files[0], model_states[0])]
+    return DeepSpeedCheckpoint(root / tag, model_states, optim_states, shards)
+
+
+def _require_all_ranks(files: Sequence[Path], states: Mapping[str, Any]) -> None:
+    world_size = states["dp_world_size"]
+    if files and len(files) != world_size:
+        raise CheckpointMismatchError(
+            f"{files[0].parent} was written by {world_size} ranks and has {len(files)} files like {files[0].name}; "
+            "copy the missing ones."
+        )
+
+
+def _files_by_rank(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
+    """The files of ranks 0, 1, ... in order."""
+    files = {}
+    for path in sorted(folder.glob("*.pt")):
+        match = pattern.fullmatch(path.name)
+        if match and int(match[2]) != 0:
+            raise CheckpointMismatchError(f"{path} comes from tensor parallelism, which is not supported.")
+        if match:
+            files[int(match[1] or 0)] = path
+    for rank in range(max(files, default=0)):
+        if rank not in files:
+            example = next(iter(files.values())).name
+            raise CheckpointMismatchError(f"in {folder} the file like {example} of rank {rank} is missing.")
+    return [files[rank] for rank in sorted(files)]
+
+
+def _load(path: Path) -> Mapping[str, Any]:
+    try:
+        # DeepSpeed pickles its loss scaler and configuration, so its files cannot be read with weights_only.
+        states: Mapping[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+    except Exception as error:
+        raise CheckpointMismatchError(f"{path} cannot be read, it is truncated or no checkpoint: {error}") from error
+    return states
+
+
+def _zero_shards(path: Path, states: Mapping[str, Any]) -> list[SourceShard]:
+    zero = states["optimizer_state_dict"]
+    if any(any(paddings) for paddings in zero.get("param_alignment_paddings") or ()):
+        raise CheckpointMismatchError(
+            f"{path} was written with zero_optimization.parameter_alignment, whose padding is not saved. "
+            "Load it with engine.load_checkpoint on the same number of ranks."
+        )
+    weights = zero["fp32_flat_groups"] if "fp32_flat_groups" in zero else zero["single_partition_of_fp32_groups"]
+    return _shards(path, _base_state(states), list(weights))
+
+
+def _stage0_shards(path: Path, states: Mapping[str, Any]) -> list[SourceShard]:
+    optimizer, base = states["optimizer"], _base_state(states)
+    if isinstance(optimizer, Mapping) and "fp32_groups" in optimizer:  # bf16 or fp16, with master weights
+        weights = [tensor.flatten() for group in optimizer["fp32_groups"] for tensor in group]
+        return _shards(path, base, weights)
+    return [
+        SourceShard(layout, base["state"].get(index), states["module"][layout.spans[0].fqn].flatten(), str(path))
+        for index, layout in _layouts(path, base).items()
+    ]
+
+
+def _shards(path: Path, base: Mapping[str, Any], weights: Sequence[Tensor]) -> list[SourceShard]:
+    return [
+        SourceShard(layout, base["state"].get(index), weights[index].detach(), str(path))
+        for index, layout in _layouts(path, base).items()
+    ]
+
+
+def _layouts(path: Path, base: Mapping[str, Any]) -> dict[int, StateLayout]:
+    if LAYOUT_KEY not in base:
+        raise CheckpointMismatchError(f"{path} has no MicroAdam state: it was written with another optimizer.")
+    layouts = read_layouts(base[LAYOUT_KEY])
+    if not layouts:
+        raise CheckpointMismatchError(f"{path} was saved before the first step; start from the model's weights.")
+    return layouts
+
+
+def _base_state(states: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Our own state dict, under the wrappers of each kind of file."""
+    for key in ("optimizer", "optimizer_state_dict", "base_optimizer_state", "optimizer_state_dict"):
+        if isinstance(states.get(key), Mapping):
+            states = states[key]
+    return states
