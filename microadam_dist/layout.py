@@ -247,6 +247,24 @@ class StateLayout:
         span = self.spans[span_index]
         return self._span_offsets[span_index].plus(self._interval_size(span, position - span.start))
 
+    def state_slices(self, span_index: int, start: int, end: int) -> dict[str, slice]:
+        """The part of every state tensor of the Top-K path that belongs to the elements [start, end) of a parameter.
+
+        Args:
+            span_index: Which span of this layout; on the Top-K path.
+            start, end: Block edges inside the span, or its ends, counted in the whole parameter.
+        """
+        first, last = self.state_offset(span_index, start), self.state_offset(span_index, end)
+        window_slots = self.config.window_size
+        slices = {
+            "codes": slice(first.codes, last.codes),
+            "bucket_lo": slice(first.buckets, last.buckets),
+            "bucket_hi": slice(first.buckets, last.buckets),
+            "indices": slice(INDEX_BYTES * window_slots * first.kept, INDEX_BYTES * window_slots * last.kept),
+            "values": slice(window_slots * first.kept, window_slots * last.kept),
+        }
+        return {name: part for name, part in slices.items() if name in self.tensors}
+
     @cached_property
     def _span_offsets(self) -> list[StateSize]:
         offsets = [StateSize(0, 0, 0)]

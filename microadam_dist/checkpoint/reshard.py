@@ -14,7 +14,7 @@ step come together in one, it gets the largest, and slots move so that each keep
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..config import STRUCTURAL_SETTINGS
 from ..errors import CheckpointMismatchError
-from ..layout import DENSE_TENSORS, INDEX_BYTES, ShardSpan, StateLayout
+from ..layout import DENSE_TENSORS, ShardSpan, StateLayout
 from ..quantization import decode_error, encode_error
 from ..state import allocate_state
 
@@ -63,9 +63,13 @@ class Resharder:
 
     Args:
         sources: All local tensors of all ranks of one checkpoint, in any order; intervals may occur more than once.
+
+    Attributes:
+        rebuilt: (parameter, start, end) of every block or fragment that `state` could not copy but had to rebuild.
     """
 
     def __init__(self, sources: Iterable[SourceShard]) -> None:
+        self.rebuilt: list[tuple[str, int, int]] = []
         self._pieces: dict[str, list[_Piece]] = {}
         for shard in sources:
             for index, span in enumerate(shard.layout.spans):
@@ -82,8 +86,14 @@ class Resharder:
                 source = _slice(piece.span.offset - piece.span.start, piece.start, piece.end)
                 out[_slice(span.offset - span.start, piece.start, piece.end)].copy_(piece.shard.weights[source])
 
-    def state(self, layout: StateLayout) -> dict[str, Tensor] | None:
+    def state(
+        self, layout: StateLayout, allocate: Callable[[StateLayout], dict[str, Tensor]] | None = None
+    ) -> dict[str, Tensor] | None:
         """State of a local tensor with that layout, on the CPU; None when none of its sources has been stepped.
+
+        Args:
+            layout: What the tensor holds.
+            allocate: Makes the zeroed state tensors; in memory by default.
 
         Raises:
             CheckpointMismatchError: A part of a parameter is in no source, or settings or shapes differ.
@@ -92,7 +102,7 @@ class Resharder:
         steps = [int(p.shard.state["step"]) for cover in pieces for p in cover if p.shard.state is not None]
         if not steps:
             return None
-        state = allocate_state(layout, torch.device("cpu"))
+        state = allocate(layout) if allocate else allocate_state(layout, torch.device("cpu"))
         target = _Target(layout, state, max(steps))
         dense_start = 0
         for index, span in enumerate(layout.spans):
@@ -106,7 +116,8 @@ class Resharder:
                     _require_same_settings(piece.shard, layout, span.fqn)
                     target.copy_whole_blocks(index, piece)
                 for start, end in _cut_fragments(layout, span, stepped):
-                    target.rebuild(index, start, end, [p for p in stepped if p.start < end and start < p.end])
+                    if target.rebuild(index, start, end, [p for p in stepped if p.start < end and start < p.end]):
+                        self.rebuilt.append((span.fqn, start, end))
         return {"step": torch.tensor(target.step), **state}
 
     def _cover(self, span: ShardSpan) -> Iterator[_Piece]:
@@ -150,54 +161,49 @@ class _Target:
         if start < end:
             self._copy(span_index, piece, start, end)
 
-    def rebuild(self, span_index: int, start: int, end: int, pieces: Sequence[_Piece]) -> None:
-        """Fill the fragment (or whole block) [start, end) from fragments that were cut in another way."""
+    def rebuild(self, span_index: int, start: int, end: int, pieces: Sequence[_Piece]) -> bool:
+        """Fill the fragment (or whole block) [start, end); returns whether it was cut in another way before."""
         if len(pieces) == 1 and _fragment(pieces[0], start) == (start, end):
             self._copy(span_index, pieces[0], start, end)
-            return
+            return False
         error = torch.zeros(1, end - start)
         entries: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in range(self.layout.config.window_size)]
         for piece in pieces:
             overlap = max(start, piece.start), min(end, piece.end)
             self._read_fragment(piece, start, overlap, error, entries)
-        offset, size = self.layout.state_offset(span_index, start), self.layout.block_state_size(end - start)
+        slices = self.layout.state_slices(span_index, start, end)
         if self.layout.config.ef_bits:
             for name, new in zip(("codes", "bucket_lo", "bucket_hi"), encode_error(error, self.layout), strict=True):
-                position, length = (offset.codes, size.codes) if name == "codes" else (offset.buckets, size.buckets)
-                self.state[name][position : position + length] = new[0]
+                self.state[name][slices[name]] = new[0]
         if self.layout.has_window:
-            indices, values = _window(self.state, self.layout, offset.kept, size.kept)
+            indices, values = _window(self.state, slices, len(entries))
             for slot, (found_indices, found_values) in enumerate(entries):
-                indices[0, slot], values[0, slot] = _fit_slot(found_indices, found_values, size.kept)
+                indices[slot], values[slot] = _fit_slot(found_indices, found_values, values.shape[1])
+        return True
 
     def _copy(self, span_index: int, piece: _Piece, start: int, end: int) -> None:
         """Copy [start, end): whole blocks, or a fragment with the same ends on both sides."""
-        source_layout, source = piece.shard.layout, piece.shard.state
+        source = piece.shard.state
         assert source is not None  # callers pass pieces with state only
-        ours, ours_end = (self.layout.state_offset(span_index, position) for position in (start, end))
-        theirs, theirs_end = (source_layout.state_offset(piece.span_index, position) for position in (start, end))
-        if self.layout.config.ef_bits:
-            self.state["codes"][ours.codes : ours_end.codes] = source["codes"][theirs.codes : theirs_end.codes]
-            for name in ("bucket_lo", "bucket_hi"):
-                self.state[name][ours.buckets : ours_end.buckets] = source[name][theirs.buckets : theirs_end.buckets]
-        if self.layout.has_window:
-            slots = self.layout.config.window_size
-            shift = (self.step - int(source["step"])) % slots
-            for name, width in (("indices", INDEX_BYTES * slots), ("values", slots)):
-                window = source[name][width * theirs.kept : width * theirs_end.kept]
-                if shift:
-                    window = self._shift_slots(piece, start, end, window, shift, width)
-                self.state[name][width * ours.kept : width * ours_end.kept] = window
+        ours = self.layout.state_slices(span_index, start, end)
+        theirs = piece.shard.layout.state_slices(piece.span_index, start, end)
+        shift = (self.step - int(source["step"])) % self.layout.config.window_size
+        for name in ours:
+            new = source[name][theirs[name]]
+            if shift and name in ("indices", "values"):
+                new = self._shift_slots(piece, start, end, name, shift)
+            self.state[name][ours[name]] = new
 
-    def _shift_slots(self, piece: _Piece, start: int, end: int, window: Tensor, shift: int, width: int) -> Tensor:
-        """Move the slots of every block in [start, end) by ``shift`` places; ``width`` tensor elements a kept value."""
-        shifted, position = [], 0
+    def _shift_slots(self, piece: _Piece, start: int, end: int, name: str, shift: int) -> Tensor:
+        """The source's window of the blocks in [start, end), every slot moved by ``shift`` places."""
+        assert piece.shard.state is not None  # callers pass pieces with state only
+        shifted = []
         while start < end:
             block_end = min(end, self.layout.grid(piece.span).block_interval(start)[1])
-            length = width * self.layout.block_state_size(block_end - start).kept
-            slots = window[position : position + length].view(self.layout.config.window_size, -1)
+            block = piece.shard.layout.state_slices(piece.span_index, start, block_end)[name]
+            slots = piece.shard.state[name][block].view(self.layout.config.window_size, -1)
             shifted.append(slots.roll(shift, dims=0).flatten())
-            position, start = position + length, block_end
+            start = block_end
         return torch.cat(shifted)
 
     def _read_fragment(
@@ -220,31 +226,25 @@ class _Target:
         layout, state = piece.shard.layout, piece.shard.state
         assert state is not None  # callers pass pieces with state only
         first, end = _fragment(piece, overlap[0])
-        offset, size = layout.state_offset(piece.span_index, first), layout.block_state_size(end - first)
+        slices = layout.state_slices(piece.span_index, first, end)
         if layout.config.ef_bits:
-            codes = state["codes"][None, offset.codes : offset.codes + size.codes]
-            lo, hi = (
-                state[name][None, offset.buckets : offset.buckets + size.buckets].float()
-                for name in ("bucket_lo", "bucket_hi")
-            )
-            decoded = decode_error(codes, lo, hi, layout, end - first)
+            codes, lo, hi = (state[name][slices[name]][None] for name in ("codes", "bucket_lo", "bucket_hi"))
+            decoded = decode_error(codes, lo.float(), hi.float(), layout, end - first)
             error[:, overlap[0] - start : overlap[1] - start] = decoded[:, overlap[0] - first : overlap[1] - first]
         if layout.has_window:
-            indices, values = _window(state, layout, offset.kept, size.kept)
-            for slot in range(layout.config.window_size):
-                position = indices[0, slot].long() + first
-                taken = (values[0, slot] != 0) & (position >= overlap[0]) & (position < overlap[1])
-                target_slot = (slot + self.step - int(state["step"])) % layout.config.window_size
+            indices, values = _window(state, slices, len(entries))
+            for slot in range(len(entries)):
+                position = indices[slot].long() + first
+                taken = (values[slot] != 0) & (position >= overlap[0]) & (position < overlap[1])
+                target_slot = (slot + self.step - int(state["step"])) % len(entries)
                 entries[target_slot][0].append(position[taken] - start)
-                entries[target_slot][1].append(values[0, slot][taken])
+                entries[target_slot][1].append(values[slot][taken])
 
 
-def _window(state: Mapping[str, Tensor], layout: StateLayout, kept_offset: int, num_kept: int) -> tuple[Tensor, Tensor]:
-    """Views of one block's window: indices (1, window_size, num_kept) int16 and values bf16."""
-    slots = layout.config.window_size
-    interval = slice(slots * kept_offset, slots * (kept_offset + num_kept))
-    indices = state["indices"].view(torch.int16)[interval].view(1, slots, num_kept)
-    return indices, state["values"][interval].view(1, slots, num_kept)
+def _window(state: Mapping[str, Tensor], slices: Mapping[str, slice], num_slots: int) -> tuple[Tensor, Tensor]:
+    """Views of one block's window: indices (window_size, num_kept) int16 and values bf16."""
+    indices = state["indices"][slices["indices"]].view(torch.int16).view(num_slots, -1)
+    return indices, state["values"][slices["values"]].view(num_slots, -1)
 
 
 def _fit_slot(indices: Sequence[Tensor], values: Sequence[Tensor], num_kept: int) -> tuple[Tensor, Tensor]:

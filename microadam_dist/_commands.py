@@ -1,0 +1,51 @@
+"""What the ``microadam`` command does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from .checkpoint.deepspeed_reshard import reshard_checkpoint
+from .errors import MicroAdamError
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+console = Console(stderr=True)
+
+
+@app.callback()
+def microadam() -> None:
+    """Tools for MicroAdam: Adam with about one byte of optimizer state a parameter."""
+
+
+@app.command()
+def reshard(
+    source: Annotated[Path, typer.Argument(help="Checkpoint folder written by DeepSpeed's save_checkpoint.")],
+    target: Annotated[Path, typer.Argument(help="New folder; it appears when it is complete and verified.")],
+    world_size: Annotated[int, typer.Option(help="Number of data-parallel ranks to write for.")],
+    tag: Annotated[str | None, typer.Option(help="Which checkpoint in the folder; the newest by default.")] = None,
+) -> None:
+    """Rewrite a ZeRO-1, 2 or 3 checkpoint for another number of ranks."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def progress(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done)
+
+        try:
+            rebuilt = reshard_checkpoint(source, target, world_size, tag, progress)
+        except MicroAdamError as error:
+            bar.stop()
+            console.print(f"[red]error:[/] {error}", highlight=False)
+            raise typer.Exit(1) from None
+    console.print(f"{target}: {world_size} ranks, verified. Exact but for {len(rebuilt)} blocks cut in another way.")
+    for fqn, start, end in rebuilt[:10]:
+        console.print(f"  {fqn} [{start}, {end})", highlight=False)
+    if len(rebuilt) > 10:
+        console.print(f"  ... and {len(rebuilt) - 10} more")

@@ -1,0 +1,16 @@
+"""The ``microadam`` command."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the command line; it needs typer and rich, which ``pip install microadam-dist[cli]`` brings."""
+    try:
+        from . import _commands
+    except ModuleNotFoundError as error:
+        if error.name not in ("typer", "rich"):
+            raise
+        sys.exit(f"microadam: {error.name} is missing; pip install 'microadam-dist[cli]'")
+    _commands.app()

@@ -1,0 +1,115 @@
+"""`microadam reshard`: DeepSpeed's own load_checkpoint reads what it writes, on the new number of ranks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import microadam_dist
+from microadam_dist import ConfigError
+from microadam_dist.checkpoint.deepspeed_reshard import reshard_checkpoint
+from tests.deepspeed.engines import (
+    base_optimizer,
+    full_weights,
+    initialize,
+    make_config,
+    make_gradients,
+    make_model,
+    train,
+)
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.deepspeed
+CONFIGS: dict[str, tuple[int, dict[str, Any]]] = {
+    "zero2": (2, {}),
+    "zero3": (3, {"zero_optimization": {"sub_group_size": 7000}}),
+}
+
+
+def new_engine(name: str) -> Any:
+    """Two groups, a frozen parameter and a buffer."""
+    stage, extra = CONFIGS[name]
+    model = make_model()
+    model.register_buffer("counts", torch.zeros(5))
+    model.frozen = nn.Linear(7, 3)
+    model.frozen.requires_grad_(False)
+    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim == 1]
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    return initialize(model, make_config(stage, torch.bfloat16, **extra), model_parameters=groups)
+
+
+def _save(rank: int, world_size: int, folder: str) -> None:
+    for name in CONFIGS:
+        engine = new_engine(name)
+        train(engine, make_gradients(6, torch.bfloat16))
+        engine.module.counts.fill_(4)
+        engine.save_checkpoint(os.path.join(folder, name))
+        engine.destroy()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved-by-2-ranks")
+    run_ranks(_save, 2, str(folder))
+    return folder
+
+
+def _load_both_ways(rank: int, world_size: int, saved: str, resharded: str) -> list[bool]:
+    same = []
+    for name in CONFIGS:
+        native, elastic = new_engine(name), new_engine(name)
+        native.load_checkpoint(f"{resharded}/{name}")
+        microadam_dist.deepspeed.load_checkpoint(elastic, f"{saved}/{name}")
+        assert native.global_steps == elastic.global_steps == 6
+        for engine in (native, elastic):
+            assert engine.module.counts.tolist() == [4] * 5
+        states = [list(base_optimizer(engine).state.values()) for engine in (native, elastic)]
+        equal = all(torch.equal(a[key], b[key]) for a, b in zip(*states, strict=True) for key in b)
+        for _ in range(2):  # as loaded, and after two more steps
+            weights = full_weights(native), full_weights(elastic)
+            equal = equal and all(torch.equal(weights[0][key], weights[1][key]) for key in weights[1])
+            train(native, make_gradients(2, torch.bfloat16))
+            train(elastic, make_gradients(2, torch.bfloat16))
+        same.append(equal)
+    return same
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 4])
+def test_native_load_of_resharded_files_equals_elastic_load(world_size: int, saved: Path, tmp_path: Path) -> None:
+    for name in CONFIGS:
+        done: list[tuple[str, int, int]] = []
+        reshard_checkpoint(saved / name, tmp_path / name, world_size, progress=lambda *p, done=done: done.append(p))
+        assert done[-1][0] == "verifying" and done[-1][1] == done[-1][2]
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["zero2", "zero3"]  # nothing temporary is left
+    assert run_ranks(_load_both_ways, world_size, str(saved), str(tmp_path)) == [[True, True]] * world_size
+
+
+def test_command_line(saved: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from microadam_dist.cli import main; main()", "reshard", str(saved / "zero2")]
+    result = subprocess.run([*command, str(tmp_path / "new"), "--world-size", "3"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "3 ranks, verified" in result.stderr
+    assert len(list((tmp_path / "new").glob("*/*optim_states.pt"))) == 3
+    again = subprocess.run([*command, str(tmp_path / "new"), "--world-size", "3"], capture_output=True, text=True)
+    assert again.returncode == 1 and "exists already" in again.stderr and "Traceback" not in again.stderr
+
+
+def test_nothing_is_left_of_a_failed_write(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("microadam_dist.checkpoint.deepspeed_reshard._verify", _raise)
+    with pytest.raises(KeyboardInterrupt):
+        reshard_checkpoint(saved / "zero2", tmp_path / "new", 4)
+    with pytest.raises(ConfigError, match="at least 1"):
+        reshard_checkpoint(saved / "zero2", tmp_path / "new", 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def _raise(*args: Any) -> None:
+    raise KeyboardInterrupt
