@@ -45,7 +45,7 @@ def _hook_initialize() -> None:
     from deepspeed.runtime.engine import DeepSpeedEngine
 
     original = DeepSpeedEngine._do_optimizer_sanity_check
-    if hasattr(original, "__wrapped__"):
+    if hasattr(original, "looks_for_microadam"):
         return
 
     @functools.wraps(original)
@@ -55,6 +55,7 @@ def _hook_initialize() -> None:
             optimizer.name_parameters(engine.param_names)
         return original(engine, optimizer)
 
+    sanity_check.looks_for_microadam = True  # type: ignore[attr-defined]
     DeepSpeedEngine._do_optimizer_sanity_check = sanity_check
 
 
@@ -65,7 +66,7 @@ def refuse_unsupported(engine: Any) -> None:
         ConfigError: Names the option and the remedy.
     """
     config = engine._config
-    zero = config.zero_config
+    zero, bf16 = config.zero_config, config.bfloat16_config
     offload = zero.offload_optimizer
     offloaded = offload is not None and offload.device != "none"
     refused = {
@@ -86,6 +87,18 @@ def refuse_unsupported(engine: Any) -> None:
         "zero_optimization.offload_optimizer.device = nvme": (
             offloaded and offload.device == "nvme",
             "DeepSpeed swaps parameter-shaped fp32 states only; use device = cpu",
+        ),
+        "bf16.bf16_master_weights_and_grads with offload_optimizer": (
+            bf16.bf16_master_weights_and_grads and offloaded,
+            "DeepSpeed has it for DeepSpeedCPUAdam only; remove one of the two",
+        ),
+        "bf16.bf16_master_weights_and_grads without bf16.bf16_optimizer_states": (
+            bf16.bf16_master_weights_and_grads and not bf16.bf16_optimizer_states,
+            "DeepSpeed has it for DeepSpeedCPUAdam only; set bf16_optimizer_states to true as well",
+        ),
+        "fp16.fp16_master_weights_and_grads": (
+            config.float16_config.fp16_master_weights_and_grads,
+            "DeepSpeed has it for DeepSpeedCPUAdam only; remove it, or use the bf16 options of that name",
         ),
         "zero_optimization.zenflow": (zero.zenflow is not None, "it needs DeepSpeedCPUAdam; remove it"),
     }

@@ -50,11 +50,13 @@ def cut_intervals(layouts: Iterable[StateLayout]) -> list[tuple[str, int, int]]:
     return intervals
 
 
-def uncut_masks(weights: dict[str, Tensor], cuts: Iterable[tuple[str, int, int]]) -> dict[str, Tensor]:
+def uncut_masks(
+    weights: dict[str, Tensor], cuts: Iterable[tuple[str, int, int]], suffix: str = ".weight"
+) -> dict[str, Tensor]:
     """True for every element, flat, that lies in none of the cut intervals."""
     masks = {name: torch.ones(weight.numel(), dtype=torch.bool) for name, weight in weights.items()}
     for fqn, start, numel in cuts:
-        masks[fqn.removesuffix(".weight")][start : start + numel] = False
+        masks[fqn.removesuffix(suffix)][start : start + numel] = False
     return masks
 
 

@@ -1,0 +1,150 @@
+"""The combinations of DeepSpeed options that are tested, and what is expected of each.
+
+python -m tests.deepspeed.matrix > configs/deepspeed/MATRIX.md
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+STAGES = (0, 1, 2, 3)
+DTYPES = ("fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class Feature:
+    """An option, or a property of the model, that is combined with every stage and dtype it exists for.
+
+    Attributes:
+        config: Merged into the DeepSpeed configuration.
+        traits: What the test does differently; see `test_matrix.make_engine`.
+        stages, dtypes: Where DeepSpeed has it.
+        error: None, or the words our error contains at `deepspeed.initialize`.
+    """
+
+    name: str
+    config: dict[str, Any] = field(default_factory=dict)
+    traits: frozenset[str] = frozenset()
+    stages: tuple[int, ...] = STAGES
+    dtypes: tuple[str, ...] = DTYPES
+    error: str | None = None
+
+
+def zero(**options: Any) -> dict[str, Any]:
+    return {"zero_optimization": options}
+
+
+def trait(*names: str) -> frozenset[str]:
+    return frozenset(names)
+
+
+_CPU = {"device": "cpu", "pin_memory": False}
+_MASTER_FREE = {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+
+FEATURES = (
+    Feature("plain"),
+    Feature("gradient clipping", {"gradient_clipping": 0.1}),
+    Feature("2 accumulation steps", {"gradient_accumulation_steps": 2}),
+    Feature("clipping and accumulation", {"gradient_clipping": 0.1, "gradient_accumulation_steps": 2}),
+    Feature("two param groups", traits=trait("two groups")),
+    Feature("frozen parameter", traits=trait("frozen")),
+    Feature("tied embeddings", traits=trait("tied")),
+    Feature("parameter without gradient in some steps", traits=trait("missing gradients")),
+    Feature("client optimizer", traits=trait("client")),
+    Feature("round_robin_gradients", zero(round_robin_gradients=True), stages=(1, 2)),
+    Feature("overlap_comm", zero(overlap_comm=True), stages=(1, 2, 3)),
+    Feature("several sub-groups", zero(sub_group_size=7000), stages=(3,)),
+    Feature("zero.Init", traits=trait("zero.Init"), stages=(3,)),
+    Feature("offload_optimizer cpu", zero(offload_optimizer=_CPU), stages=(1, 2, 3)),
+    Feature("offload_optimizer and offload_param cpu", zero(offload_optimizer=_CPU, offload_param=_CPU), stages=(3,)),
+    Feature(
+        "fp32 accumulation (BF16_Optimizer)",
+        {"data_types": {"grad_accum_dtype": "fp32"}},
+        stages=(1,),
+        dtypes=("bf16",),
+    ),
+    Feature("torch_autocast", {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, dtypes=("fp32",)),
+    Feature(
+        "model cast to bf16, no bf16 section (no master weights)",
+        traits=trait("pre-cast"),
+        stages=(0,),
+        dtypes=("fp32",),
+    ),
+    Feature("bf16 master weights (no fp32 copy)", {"bf16": _MASTER_FREE}, stages=(1, 2, 3), dtypes=("bf16",)),
+    Feature(
+        "offload_optimizer ratio 0.5",
+        zero(offload_optimizer={**_CPU, "ratio": 0.5}),
+        stages=(3,),
+        dtypes=("bf16",),
+        error="offload_optimizer.ratio",
+    ),
+    Feature(
+        "bf16 master weights with offload",
+        {"bf16": _MASTER_FREE, **zero(offload_optimizer=_CPU)},
+        stages=(1, 2, 3),
+        dtypes=("bf16",),
+        error="bf16_master_weights_and_grads",
+    ),
+    Feature(
+        "bf16 master weights without bf16 states",
+        {"bf16": {"bf16_master_weights_and_grads": True}},
+        stages=(1, 2, 3),
+        dtypes=("bf16",),
+        error="bf16_optimizer_states",
+    ),
+    Feature(
+        "elastic_checkpoint", zero(elastic_checkpoint=True), stages=(1, 2), dtypes=("bf16",), error="elastic_checkpoint"
+    ),
+    Feature("universal checkpoint", {"checkpoint": {"load_universal": True}}, dtypes=("bf16",), error="load_universal"),
+    Feature(
+        "offload_optimizer nvme",
+        zero(offload_optimizer={"device": "nvme", "nvme_path": "/nonexistent"}),
+        stages=(3,),
+        dtypes=("bf16",),
+        error="nvme",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One combination."""
+
+    stage: int
+    dtype: str
+    feature: Feature
+
+    def __str__(self) -> str:
+        return f"zero{self.stage}-{self.dtype}-{self.feature.name}"
+
+
+def rows() -> Iterator[Row]:
+    for feature in FEATURES:
+        for stage in feature.stages:
+            for dtype in feature.dtypes:
+                yield Row(stage, dtype, feature)
+
+
+def markdown() -> str:
+    """The table of all combinations, one row a feature."""
+    lines = [
+        "# What works with DeepSpeed",
+        "",
+        "Every cell is run by `tests/deepspeed/test_matrix.py` on two ranks: the weights must be bit for bit those of",
+        "one process that gets the same reduced gradients. fp16 needs a device that has it. *refused*: an error at",
+        "`deepspeed.initialize` names the option and the remedy. Blank: DeepSpeed does not have it there.",
+        "",
+        "| | " + " | ".join(f"ZeRO-{stage}" for stage in STAGES) + " |",
+        "|---|" + "---|" * len(STAGES),
+    ]
+    for feature in FEATURES:
+        works = "refused" if feature.error else ", ".join(feature.dtypes)
+        cells = [works if stage in feature.stages else "" for stage in STAGES]
+        lines.append(f"| {feature.name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")
