@@ -14,7 +14,7 @@ planner predicts with the very code that allocates.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -369,3 +369,46 @@ class StateLayout:
 
     def _num_bytes(self, names: Iterable[str]) -> int:
         return sum(self.tensors[name][1] * DTYPE_BYTES[self.tensors[name][0]] for name in names)
+
+
+# How engines cut parameters. What a rank really holds is read from the engine (`engines`); these rules, of DeepSpeed
+# 0.19.8, say it beforehand: for the planner, and to write a checkpoint for ranks that do not run.
+
+
+@dataclass(frozen=True)
+class FlatShard:
+    """One local tensor that holds parts of several parameters: its spans, its length, and the padding at its end."""
+
+    spans: tuple[ShardSpan, ...]
+    numel: int
+    end_padding: int
+
+
+def zero12_shard(shapes: Mapping[str, tuple[int, ...]], world_size: int, rank: int) -> FlatShard:
+    """ZeRO-1 and 2: the parameters of a group in a row, padded to a multiple of 2 x ranks, in equal parts."""
+    total = sum(map(math.prod, shapes.values()))
+    share = -(-total // (2 * world_size)) * 2
+    shard_start, shard_end = rank * share, (rank + 1) * share
+    spans, begin = [], 0
+    for fqn, shape in shapes.items():
+        start, end = max(begin, shard_start), min(begin + math.prod(shape), shard_end)
+        if start < end:
+            spans.append(ShardSpan(fqn, shape, start - begin, end - start, start - shard_start))
+        begin += math.prod(shape)
+    return FlatShard(tuple(spans), share, end_padding=min(share, max(0, shard_end - total)))
+
+
+def zero3_share(shape: Sequence[int], world_size: int) -> int:
+    """ZeRO-3: elements of one parameter on every rank, padding included."""
+    return -(-math.prod(shape) // world_size)
+
+
+def zero3_shard(shapes: Mapping[str, tuple[int, ...]], world_size: int, rank: int) -> FlatShard:
+    """ZeRO-3: every parameter padded to a multiple of the ranks and cut into equal parts."""
+    spans, offset = [], 0
+    for fqn, shape in shapes.items():
+        share = zero3_share(shape, world_size)
+        start = min(rank * share, math.prod(shape))
+        spans.append(ShardSpan(fqn, shape, start, min(share, math.prod(shape) - start), offset))
+        offset += share
+    return FlatShard(tuple(spans), offset, end_padding=0)

@@ -1,20 +1,13 @@
 """Rewrites a ZeRO checkpoint for another number of ranks, offline; `engine.load_checkpoint` then reads it as its own.
 
 One rank's tensors at a time are built in files that are mapped into memory, so what is resident is what is being
-copied. The layouts are those DeepSpeed 0.19.8 makes:
-
-- stages 1 and 2: the parameters of a group one after the other, padded to a multiple of 2 x ranks, in equal parts;
-- stage 3: every parameter padded to a multiple of the ranks and cut into equal parts; a group is split into sub-groups
-  that hold at least ``sub_group_size`` elements on a rank.
+copied.
 """
 
 from __future__ import annotations
 
-import copy
-import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,36 +16,16 @@ from torch import Tensor
 
 from ..config import MicroAdamConfig
 from ..errors import CheckpointMismatchError, ConfigError
-from ..layout import ShardSpan, StateLayout
+from ..layout import FlatShard, StateLayout, zero3_shard, zero3_share, zero12_shard
 from ..state import state_specs
 from .deepspeed import DeepSpeedCheckpoint, read_checkpoint
 from .format import LAYOUT_KEY, describe_layouts
 from .reshard import Resharder, SourceShard
 
-_ALIGNMENT = 2  # ZeRO-1 and 2 align every rank's part to this many elements
 _DEFAULT_SUB_GROUP_SIZE = 1_000_000_000
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is done, how much of it is finished, how much there is)."""
-
-
-@dataclass(frozen=True)
-class _Parameter:
-    fqn: str
-    shape: tuple[int, ...]
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-
-@dataclass(frozen=True)
-class _Shard:
-    """One local tensor of one rank to be written: its layout, its length with padding, and the padding at its end."""
-
-    layout: StateLayout
-    numel: int
-    end_padding: int
 
 
 def reshard_checkpoint(
@@ -121,19 +94,19 @@ class _Writer:
 
     def write_rank(self, rank: int, folder: Path, scratch: Path) -> None:
         """Write the optimizer file of a rank, and its model file (stage 3: each rank, else the first)."""
-        shards = self._shards(rank)
-        weights, states = [], {}
-        for index, shard in enumerate(shards):
+        weights, states, layouts, paddings = [], {}, {}, []
+        for index, (shard, config) in enumerate(self._shards(rank)):
+            layout = layouts[index] = StateLayout(shard.spans, config)
             flat = _file_tensor(scratch / f"weights{index}", shard.numel, self._weights_dtype)
-            self.resharder.weights(shard.layout, flat)
+            self.resharder.weights(layout, flat)
             weights.append(flat[: shard.numel - shard.end_padding])
-            state = self.resharder.state(shard.layout, _allocator(scratch / f"state{index}"))
+            paddings.append(shard.end_padding)
+            state = self.resharder.state(layout, _allocator(scratch / f"state{index}"))
             assert state is not None  # a checkpoint that was never stepped has no layouts to read
             states[index] = state
-        optim = copy.copy(dict(self.checkpoint.optim_states[0]))
+        optim = dict(self.checkpoint.optim_states[0])
         zero = optim["optimizer_state_dict"] = dict(optim["optimizer_state_dict"])
         base_key = "base_optimizer_state" if self.checkpoint.stage < 3 else "optimizer_state_dict"
-        layouts = {index: shard.layout for index, shard in enumerate(shards)}
         zero[base_key] = {
             "state": states,
             "param_groups": self._param_groups(),
@@ -143,8 +116,8 @@ class _Writer:
             zero["fp32_flat_groups"], zero["partition_count"] = weights, self.world_size
         else:
             zero["single_partition_of_fp32_groups"] = weights
-            zero["group_paddings"] = [shard.end_padding for shard in shards]
-            zero["partition_count"] = [self.world_size] * len(shards)
+            zero["group_paddings"] = paddings
+            zero["partition_count"] = [self.world_size] * len(weights)
             zero.pop("param_slice_mappings", None)  # for universal checkpoints only, which hold no state of ours
         prefix = "bf16_" if "bf16" in optim["ds_config"] and optim["ds_config"]["bf16"].get("enabled") else ""
         torch.save(optim, folder / f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
@@ -159,7 +132,7 @@ class _Writer:
         whole = self.checkpoint.untrained_tensors()
         fragments = {}
         for name, shape in (model["frozen_param_shapes"] or {}).items():
-            share = -(-shape.numel() // self.world_size)
+            share = zero3_share(shape, self.world_size)
             padded = torch.nn.functional.pad(whole[name].flatten(), (0, share * self.world_size - shape.numel()))
             fragments[name] = padded[rank * share : (rank + 1) * share].clone()
         model["frozen_param_fragments"] = fragments
@@ -169,74 +142,50 @@ class _Writer:
     def _weights_dtype(self) -> torch.dtype:
         return self.checkpoint.shards[0][0].weights.dtype
 
-    def _groups(self) -> Iterator[tuple[list[_Parameter], MicroAdamConfig]]:
-        """The parameters of every param group, in the order in which DeepSpeed lays them out."""
+    def _groups(self) -> Iterator[tuple[dict[str, tuple[int, ...]], MicroAdamConfig]]:
+        """Name -> shape of the parameters of every param group, in the order in which DeepSpeed lays them out."""
         for group in self.checkpoint.param_groups:
             tensors = [[shards[index] for shards in self.checkpoint.shards] for index in group["params"]]
-            parameters = [parameter for ranks in tensors for parameter in self._ordered_parameters(ranks)]
-            yield parameters, tensors[0][0].layout.config
+            shapes = {fqn: shape for ranks in tensors for fqn, shape in self._ordered_shapes(ranks)}
+            yield shapes, tensors[0][0].layout.config
 
-    def _ordered_parameters(self, ranks: Sequence[SourceShard]) -> list[_Parameter]:
-        begins: dict[_Parameter, int] = {}
+    def _ordered_shapes(self, ranks: Sequence[SourceShard]) -> list[tuple[str, tuple[int, ...]]]:
+        begins: dict[tuple[str, tuple[int, ...]], int] = {}
         # Where a parameter begins: in the rank's own shard (stage 3), or in the buffer that was cut (stages 1 and 2).
-        # The first rank has no padding unless it is the last, so its length is every rank's length.
+        # The first rank has no padding unless all others are padding only, so its length is the length of each part.
         for rank, shard in enumerate(ranks):
-            shard_start = rank * ranks[0].weights.numel() if self.checkpoint.stage < 3 else 0
             for span in shard.layout.spans:
-                skipped = span.start if self.checkpoint.stage < 3 else 0
-                begins.setdefault(_Parameter(span.fqn, span.global_shape), shard_start + span.offset - skipped)
+                begin = span.offset
+                if self.checkpoint.stage < 3:
+                    begin += rank * ranks[0].weights.numel() - span.start
+                begins.setdefault((span.fqn, span.global_shape), begin)
         return sorted(begins, key=lambda parameter: begins[parameter])
 
-    def _shards(self, rank: int) -> list[_Shard]:
-        shards = []
-        for parameters, config in self._groups():
+    def _shards(self, rank: int) -> Iterator[tuple[FlatShard, MicroAdamConfig]]:
+        """The local tensors of one rank."""
+        for shapes, config in self._groups():
             if self.checkpoint.stage < 3:
-                shards.append(self._flat_shard(parameters, config, rank))
+                yield zero12_shard(shapes, self.world_size, rank), config
             else:
-                shards += [self._partitioned_shard(part, config, rank) for part in self._sub_groups(parameters)]
-        return shards
+                for sub_group in self._sub_groups(shapes):
+                    yield zero3_shard(sub_group, self.world_size, rank), config
 
-    def _flat_shard(self, parameters: Sequence[_Parameter], config: MicroAdamConfig, rank: int) -> _Shard:
-        total = sum(parameter.numel for parameter in parameters)
-        share = -(-total // (_ALIGNMENT * self.world_size)) * _ALIGNMENT
-        shard_start, shard_end = rank * share, (rank + 1) * share
-        spans, begin = [], 0
-        for parameter in parameters:
-            start, end = max(begin, shard_start), min(begin + parameter.numel, shard_end)
-            if start < end:
-                spans.append(ShardSpan(parameter.fqn, parameter.shape, start - begin, end - start, start - shard_start))
-            begin += parameter.numel
-        end_padding = min(share, max(0, shard_end - total))
-        return _Shard(StateLayout(tuple(spans), config), share, end_padding)
-
-    def _sub_groups(self, parameters: Sequence[_Parameter]) -> Iterator[list[_Parameter]]:
-        sub_group: list[_Parameter] = []
-        for parameter in parameters:
-            sub_group.append(parameter)
-            if sum(self._share(member) for member in sub_group) >= self.sub_group_size:
+    def _sub_groups(self, shapes: dict[str, tuple[int, ...]]) -> Iterator[dict[str, tuple[int, ...]]]:
+        """A sub-group is full when it holds ``sub_group_size`` elements on a rank."""
+        sub_group: dict[str, tuple[int, ...]] = {}
+        for fqn, shape in shapes.items():
+            sub_group[fqn] = shape
+            if sum(zero3_share(member, self.world_size) for member in sub_group.values()) >= self.sub_group_size:
                 yield sub_group
-                sub_group = []
+                sub_group = {}
         if sub_group:
             yield sub_group
-
-    def _share(self, parameter: _Parameter) -> int:
-        return -(-parameter.numel // self.world_size)
-
-    def _partitioned_shard(self, parameters: Sequence[_Parameter], config: MicroAdamConfig, rank: int) -> _Shard:
-        spans, offset = [], 0
-        for parameter in parameters:
-            share = self._share(parameter)
-            start = min(rank * share, parameter.numel)
-            numel = min(share, parameter.numel - start)
-            spans.append(ShardSpan(parameter.fqn, parameter.shape, start, numel, offset))
-            offset += share
-        return _Shard(StateLayout(tuple(spans), config), offset, end_padding=0)
 
     def _param_groups(self) -> list[dict[str, Any]]:
         """The saved groups with the indices of the new tensors."""
         groups, index = [], 0
-        for saved, (parameters, _) in zip(self.checkpoint.param_groups, self._groups(), strict=True):
-            count = 1 if self.checkpoint.stage < 3 else len(list(self._sub_groups(parameters)))
+        for saved, (shapes, _) in zip(self.checkpoint.param_groups, self._groups(), strict=True):
+            count = 1 if self.checkpoint.stage < 3 else len(list(self._sub_groups(shapes)))
             groups.append({**saved, "params": list(range(index, index + count))})
             index += count
         return groups

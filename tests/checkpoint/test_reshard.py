@@ -1,4 +1,4 @@
-"""Re-cutting state: exact for blocks that are whole on both sides or cut at the same place, lossless where it can be."""
+"""Re-cutting state: exact for blocks that are whole on both sides or cut alike, lossless where it can be."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from microadam_dist import CheckpointMismatchError, MicroAdamConfig
 from microadam_dist.backends.base import TensorStep
 from microadam_dist.backends.reference import ReferenceBackend
 from microadam_dist.checkpoint.reshard import Resharder, SourceShard
-from microadam_dist.layout import ShardSpan, StateLayout
+from microadam_dist.layout import ShardSpan, StateLayout, zero12_shard
 from microadam_dist.quantization import decode_error
 from microadam_dist.state import allocate_state
 
@@ -25,18 +25,7 @@ CONFIG = MicroAdamConfig(lr=1e-2, window_size=4, density=0.05, block_size=256)
 
 def flat_layouts(world_size: int, config: MicroAdamConfig = CONFIG) -> list[StateLayout]:
     """ZeRO-1 and 2: all parameters one after the other, cut anywhere, padded at the end."""
-    total = sum(map(math.prod, SHAPES.values()))
-    share = -(-total // (2 * world_size)) * 2
-    layouts = []
-    for rank in range(world_size):
-        spans, begin = [], 0
-        for name, shape in SHAPES.items():
-            start, end = max(begin, rank * share), min(begin + math.prod(shape), (rank + 1) * share)
-            if start < end:
-                spans.append(ShardSpan(name, shape, start - begin, end - start, start - rank * share))
-            begin += math.prod(shape)
-        layouts.append(StateLayout(tuple(spans), config))
-    return layouts
+    return [StateLayout(zero12_shard(SHAPES, world_size, rank).spans, config) for rank in range(world_size)]
 
 
 def row_layouts(world_size: int, config: MicroAdamConfig = CONFIG) -> list[StateLayout]:
