@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ..config import MicroAdamConfig
-from ..layout import ShardSpan, StateLayout
+from ..layout import ShardSpan, StateLayout, zero3_shard, zero12_shard
 
 # Bytes of state a parameter of the optimizers MicroAdam is compared with.
 ADAMW_FP32_BYTES = 8.0  # two fp32 moments
@@ -86,3 +86,52 @@ def state_memory(layouts: Iterable[StateLayout]) -> StateMemory:
         parts = (layout.sparse_numel, layout.sparse_bytes, layout.dense_numel, layout.dense_bytes)
         totals = [total + part for total, part in zip(totals, parts, strict=True)]
     return StateMemory(*totals)
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes on one rank while the optimizer steps.
+
+    Attributes:
+        weights: The module's weights.
+        gradients: The gradients handed to the optimizer.
+        master: Copies of the weights that the optimizer updates in their place.
+        optimizer: Its state.
+    """
+
+    weights: int
+    gradients: int
+    master: int
+    optimizer: int
+
+
+def zero_memory(
+    shapes: Mapping[str, tuple[int, ...]],
+    config: MicroAdamConfig,
+    stage: int,
+    world_size: int,
+    rank: int,
+    *,
+    weight_bytes: int,
+    master_bytes: int,
+) -> RankMemory:
+    """What DeepSpeed holds on one rank for one param group.
+
+    Args:
+        shapes: Name -> shape of the trained parameters.
+        config: Settings of the group.
+        stage: ZeRO stage, 0 to 3.
+        world_size: Data-parallel ranks.
+        rank: Which one.
+        weight_bytes: Bytes of a weight of the module.
+        master_bytes: Bytes of a master weight, whose gradient has as many; 0: the optimizer updates the weights
+            themselves (stage 0 with fp32 weights, or with a model that was cast to bf16).
+    """
+    if stage == 0:
+        numel = sum(map(math.prod, shapes.values()))
+        optimizer = state_memory(whole_parameter_layouts(shapes, config)).total_bytes
+        return RankMemory(weight_bytes * numel, (master_bytes or weight_bytes) * numel, master_bytes * numel, optimizer)
+    shard = (zero3_shard if stage == 3 else zero12_shard)(shapes, world_size, rank)
+    held = shard.numel * (1 if stage == 3 else world_size)
+    optimizer = state_memory([StateLayout(shard.spans, config)]).total_bytes
+    return RankMemory(weight_bytes * held, master_bytes * shard.numel, master_bytes * shard.numel, optimizer)

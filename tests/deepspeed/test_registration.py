@@ -128,27 +128,3 @@ def _bad_setting(rank: int, world_size: int) -> str:
 
 def test_bad_json_setting_is_named_at_initialize() -> None:
     assert run_ranks(_bad_setting, 1) == ["unknown setting 'windowsize': did you mean 'window_size'?"]
-
-
-def _checkpoint(rank: int, world_size: int, folder: str, stage: int, dtype_name: str) -> bool:
-    dtype = getattr(torch, dtype_name)
-    gradients = make_gradients(14, dtype)
-
-    def new_engine() -> Any:
-        return initialize(make_model(), make_config(stage, dtype))
-
-    engine = new_engine()
-    train(engine, gradients[:7])
-    engine.save_checkpoint(folder)
-    train(engine, gradients[7:])
-    resumed = new_engine()
-    resumed.load_checkpoint(folder)
-    train(resumed, gradients[7:])
-    straight, again = full_weights(engine), full_weights(resumed)
-    return all(torch.equal(straight[name], again[name]) for name in straight)
-
-
-@pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_checkpoint_resumes_bit_identically_on_the_same_ranks(stage: int, dtype: str, tmp_path: Any) -> None:
-    assert run_ranks(_checkpoint, 2, str(tmp_path), stage, dtype) == [True, True]
