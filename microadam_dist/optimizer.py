@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple, overload
 
@@ -31,6 +32,21 @@ class StateBytes(NamedTuple):
     dense_bytes: int
 
 
+@dataclass
+class ExchangedBytes:
+    """What this rank has handed to the collectives that pass its new weights on, so far.
+
+    Counted with ``sparse_allgather`` only; every collective counts once, whatever the number of receivers.
+
+    Attributes:
+        sent: With padding, headers and dense gathers.
+        dense: What it would have been with dense gathers alone.
+    """
+
+    sent: int = 0
+    dense: int = 0
+
+
 class MicroAdam(Optimizer):
     """Adam with about one byte of state a parameter.
 
@@ -38,7 +54,7 @@ class MicroAdam(Optimizer):
     at every step. Vectors and small matrices (norms, biases) take AdamW with fp32 moments.
 
     Args:
-        params: Parameters, named parameters or param groups; fp32, bf16 or fp16. Every setting but ``backend`` may be
+        params: Parameters, named parameters or param groups; fp32, bf16 or fp16. Every setting but the last two may be
             given per group.
         lr, betas, eps, weight_decay: As in `torch.optim.AdamW`.
         window_size: Number of sparse gradients kept (``m`` in the paper). 1 stores no window at all.
@@ -47,6 +63,8 @@ class MicroAdam(Optimizer):
         bucket_size: Elements that share one quantization range (``quant_block_size``).
         ef_bits: Bits of one error-feedback code: 0 (off), 2, 4 or 8.
         backend: ``"auto"`` or the name of a backend; a named one never falls back to another.
+        sparse_allgather: Under DeepSpeed ZeRO-1, 2: after the step send only the weights that changed, see
+            `engines.deepspeed_sparse`; the bytes are counted in ``exchanged_bytes``. The weights are the same.
 
     Raises:
         ConfigError: A setting is unknown or outside its range, or a parameter has an unsupported dtype.
@@ -71,6 +89,7 @@ class MicroAdam(Optimizer):
         bucket_size: int = 64,
         ef_bits: int = 4,
         backend: str = "auto",
+        sparse_allgather: bool = False,
         **unknown: Any,
     ) -> None:
         reject_unknown_settings(unknown)
@@ -86,6 +105,10 @@ class MicroAdam(Optimizer):
             "ef_bits": ef_bits,
         }
         MicroAdamConfig.from_dict(defaults)
+        if not isinstance(sparse_allgather, bool):
+            raise ConfigError(f"sparse_allgather={sparse_allgather!r}: expected true or false.")
+        self.sparse_allgather = sparse_allgather
+        self.exchanged_bytes = ExchangedBytes()
         self._backend = select_backend(backend)
         self._constructed: list[list[NamedParameter]] = []
         self._layouts: dict[Tensor, StateLayout] = {}
@@ -335,7 +358,14 @@ class MicroAdam(Optimizer):
     # ---------------------------------------------------------------- pickling
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_backend", "_constructed", "_layouts", "_num_nonfinite_blocks")
+        own = (
+            "_backend",
+            "_constructed",
+            "_layouts",
+            "_num_nonfinite_blocks",
+            "sparse_allgather",
+            "exchanged_bytes",
+        )
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, UnsupportedLayoutError
 from ..layout import ShardSpan
+from . import deepspeed_sparse
 from .base import NamedParameter, Slot
 
 
@@ -50,10 +51,14 @@ def _hook_initialize() -> None:
 
     @functools.wraps(original)
     def sanity_check(engine: Any, optimizer: Any) -> Any:
-        if type(optimizer) in _known_classes:
-            refuse_unsupported(engine)
-            optimizer.name_parameters(engine.param_names)
-        return original(engine, optimizer)
+        if type(optimizer) not in _known_classes:
+            return original(engine, optimizer)
+        refuse_unsupported(engine)
+        optimizer.name_parameters(engine.param_names)
+        wrapper = original(engine, optimizer)
+        if optimizer.sparse_allgather:
+            deepspeed_sparse.prepare(engine, optimizer, wrapper)
+        return wrapper
 
     sanity_check.looks_for_microadam = True  # type: ignore[attr-defined]
     DeepSpeedEngine._do_optimizer_sanity_check = sanity_check

@@ -133,7 +133,7 @@ def markdown() -> str:
         "# What works with DeepSpeed",
         "",
         "Every cell is run by `tests/deepspeed/test_matrix.py` on two ranks: the weights must be bit for bit those of",
-        "one process that gets the same reduced gradients. fp16 needs a device that has it. *refused*: an error at",
+        "one process that gets the same reduced gradients. fp16 is skipped on devices without it. *refused*: an error at",
         "`deepspeed.initialize` names the option and the remedy. Blank: DeepSpeed does not have it there.",
         "",
         "| | " + " | ".join(f"ZeRO-{stage}" for stage in STAGES) + " |",
@@ -146,8 +146,8 @@ def markdown() -> str:
     lines += [
         "",
         "Every combination that works also resumes bit for bit on the same ranks (`tests/deepspeed/test_resume.py`).",
-        "DeepSpeed 0.19.8 gives a parameter without gradient a zero gradient under ZeRO-1 and 2, none under stage 0, and",
-        "its previous gradient under ZeRO-3.",
+        "DeepSpeed 0.19.8 gives a parameter without gradient a zero gradient under ZeRO-1 and 2, none under stage 0,",
+        "and its previous gradient under ZeRO-3.",
     ]
     return "\n".join(lines) + "\n"
 

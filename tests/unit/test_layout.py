@@ -324,9 +324,9 @@ def test_state_follows_the_blocks_without_gap_or_overlap(spans: tuple[ShardSpan,
 
 
 @settings(deadline=None)
-@given(spans=local_tensors(), config=configs)
+@given(data=st.data(), spans=local_tensors(), config=configs)
 def test_views_touch_every_state_element_once_and_no_padding(
-    spans: tuple[ShardSpan, ...], config: MicroAdamConfig
+    data: st.DataObject, spans: tuple[ShardSpan, ...], config: MicroAdamConfig
 ) -> None:
     layout = StateLayout(spans, config)
     state = allocate_state(layout, torch.device("cpu"))
@@ -334,10 +334,11 @@ def test_views_touch_every_state_element_once_and_no_padding(
     param, grad = torch.zeros(local_numel), torch.zeros(local_numel)
     touched = torch.zeros(local_numel)
     for run in layout.runs:
-        views = block_views(layout, run, param, grad, state, range(run.rows))
-        for view in vars(views).values():
-            if view is not None:
-                view += 1
+        middle = data.draw(st.integers(0, run.rows))  # a run may be worked off in pieces
+        for rows in (range(middle), range(middle, run.rows)):
+            for view in vars(block_views(layout, run, param, grad, state, rows)).values():
+                if view is not None:
+                    view += 1
     for dense in layout.dense_runs:
         param[dense.start : dense.start + dense.numel] += 1
         grad[dense.start : dense.start + dense.numel] += 1
@@ -351,6 +352,33 @@ def test_views_touch_every_state_element_once_and_no_padding(
     for name, tensor in state.items():
         once = tensor.view(torch.int16) if name == "indices" else tensor
         assert bool((once == 1).all()), name
+
+
+@settings(deadline=None)
+@given(data=st.data(), spans=local_tensors(), config=configs)
+def test_state_slices_are_those_of_the_blocks_between_the_ends(
+    data: st.DataObject, spans: tuple[ShardSpan, ...], config: MicroAdamConfig
+) -> None:
+    """Resharding cuts the state with these."""
+    layout = StateLayout(spans, config)
+    for index, span in enumerate(spans):
+        blocks = [b for b in blocks_by_position(layout) if 0 <= b.start - span.offset < span.numel]
+        if not blocks:
+            continue
+        first, last = sorted(data.draw(st.tuples(*[st.integers(0, len(blocks) - 1)] * 2)))
+        start, end = blocks[first].start, blocks[last].start + blocks[last].numel
+        at = {name: (getattr(blocks[first], name)[0], sum(getattr(blocks[last], name))) for name in Block._fields[4:]}
+        stored = [layout.config.window_size * edge for edge in at["kept"]]
+        expected = {
+            "codes": slice(*at["codes"]),
+            "bucket_lo": slice(*at["buckets"]),
+            "bucket_hi": slice(*at["buckets"]),
+            "indices": slice(2 * stored[0], 2 * stored[1]),
+            "values": slice(*stored),
+        }
+        to_global = span.start - span.offset
+        got = layout.state_slices(index, start + to_global, end + to_global)
+        assert got == {name: part for name, part in expected.items() if name in layout.tensors}
 
 
 @settings(deadline=None)
