@@ -9,6 +9,7 @@ from .errors import (
     MicroAdamError,
     UnsupportedLayoutError,
 )
+from .gradient_release import GradientRelease, release_gradients
 from .optimizer import MicroAdam, StateBytes
 
 __version__ = "0.1.0"
@@ -17,12 +18,14 @@ __all__ = [
     "BackendUnavailableError",
     "CheckpointMismatchError",
     "ConfigError",
+    "GradientRelease",
     "MicroAdam",
     "MicroAdamConfig",
     "MicroAdamError",
     "StateBytes",
     "UnsupportedLayoutError",
     "deepspeed",
+    "release_gradients",
 ]
 
 deepspeed.register()

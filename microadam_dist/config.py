@@ -16,6 +16,7 @@ SUPPORTED_EF_BITS = (0, 2, 4, 8)
 MIN_BLOCK_SIZE, MAX_BLOCK_SIZE = 64, 32768
 # Below the smallest normal fp32 number eps may round to zero, and 0 / (eps + sqrt(0)) would be NaN.
 MIN_EPS = 2.0**-126
+MAX_FP32 = (2 - 2.0**-23) * 2.0**127
 
 # What the original implementation calls our settings; used in error messages only.
 _ORIGINAL_NAMES = {"m": "window_size", "k_init": "density", "quant_block_size": "bucket_size"}
@@ -52,7 +53,7 @@ class MicroAdamConfig:
 
     def __post_init__(self) -> None:
         _check_float("lr", self.lr, "a number >= 0", lambda x: x >= 0)
-        if len(self.betas) != 2:
+        if not isinstance(self.betas, Sequence) or isinstance(self.betas, str) or len(self.betas) != 2:
             raise ConfigError(f"betas={self.betas!r}: expected two numbers in [0, 1).")
         for i, beta in enumerate(self.betas):
             _check_float(f"betas[{i}]", beta, "a number in [0, 1)", lambda x: 0 <= x < 1)
@@ -128,18 +129,16 @@ def reject_unknown_settings(names: Iterable[str], *, misspelled_only: bool = Fal
 def _as_float(name: str, value: Any) -> float:
     # Some JSON and YAML readers turn 1e-3 into a string, and a learning rate may be a 0-dim tensor.
     try:
+        if isinstance(value, bool):
+            raise TypeError
         return float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):
         raise ConfigError(f"{name}={value!r}: expected a number.") from None
 
 
 def _check_float(name: str, value: float, expected: str, in_range: Callable[[float], bool]) -> None:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float))
-        or not math.isfinite(value)
-        or not in_range(value)
-    ):
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (is_number and abs(value) <= MAX_FP32 and in_range(value)):  # NaN is not <= anything
         raise ConfigError(f"{name}={value!r}: expected {expected}.")
 
 

@@ -27,6 +27,13 @@ MIN_SPARSE_ROW_NUMEL = 64
 MIN_SPARSE_NUMEL = 4096
 
 DTYPE_BYTES = {"uint8": 1, "bfloat16": 2, "float32": 4}
+SPARSE_DTYPES = {
+    "codes": "uint8",
+    "bucket_lo": "bfloat16",
+    "bucket_hi": "bfloat16",
+    "indices": "uint8",
+    "values": "bfloat16",
+}
 DENSE_TENSORS = ("exp_avg", "exp_avg_sq")
 INDEX_BYTES = 2  # 16-bit, stored as uint8 because neither gloo nor NCCL carries int16
 
@@ -57,6 +64,16 @@ class ShardSpan:
     def global_numel(self) -> int:
         """Elements of the whole parameter."""
         return math.prod(self.global_shape)
+
+    @property
+    def row_numel(self) -> int:
+        """Elements of one row of the parameter."""
+        return math.prod(self.global_shape[1:])
+
+    @property
+    def has_whole_rows(self) -> bool:
+        """Whether the interval begins and ends at a row of the parameter."""
+        return all(not edge or edge % self.row_numel == 0 for edge in (self.start, self.numel))
 
     @property
     def is_dense(self) -> bool:
@@ -254,16 +271,8 @@ class StateLayout:
             span_index: Which span of this layout; on the Top-K path.
             start, end: Block edges inside the span, or its ends, counted in the whole parameter.
         """
-        first, last = self.state_offset(span_index, start), self.state_offset(span_index, end)
-        window_slots = self.config.window_size
-        slices = {
-            "codes": slice(first.codes, last.codes),
-            "bucket_lo": slice(first.buckets, last.buckets),
-            "bucket_hi": slice(first.buckets, last.buckets),
-            "indices": slice(INDEX_BYTES * window_slots * first.kept, INDEX_BYTES * window_slots * last.kept),
-            "values": slice(window_slots * first.kept, window_slots * last.kept),
-        }
-        return {name: part for name, part in slices.items() if name in self.tensors}
+        first, last = (self._sparse_numels(self.state_offset(span_index, position)) for position in (start, end))
+        return {name: slice(first[name], last[name]) for name in first}
 
     @cached_property
     def _span_offsets(self) -> list[StateSize]:
@@ -346,16 +355,37 @@ class StateLayout:
         """Name -> (dtype, number of elements) of every flat state tensor; a path without parameters has none."""
         tensors: dict[str, tuple[str, int]] = {}
         if any(not span.is_dense for span in self.spans):
-            total = self._span_offsets[-1]
-            if self.config.ef_bits:
-                tensors["codes"] = ("uint8", total.codes)
-                tensors["bucket_lo"] = tensors["bucket_hi"] = ("bfloat16", total.buckets)
-            if self.has_window:
-                tensors["indices"] = ("uint8", INDEX_BYTES * self.config.window_size * total.kept)
-                tensors["values"] = ("bfloat16", self.config.window_size * total.kept)
+            numels = self._sparse_numels(self._span_offsets[-1])
+            tensors |= {name: (SPARSE_DTYPES[name], numel) for name, numel in numels.items()}
         if any(span.is_dense for span in self.spans):
             tensors |= dict.fromkeys(DENSE_TENSORS, ("float32", self.dense_numel))
         return tensors
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> the shape in which a state tensor is kept and saved; to a backend all of them are flat.
+
+        Whole rows of one parameter have one row of state each, so that the state can be sharded like the parameter;
+        moments have the parameter's own shape. Everything else is flat.
+        """
+        if len(self.spans) != 1 or not self.spans[0].has_whole_rows:
+            return {name: (numel,) for name, (_, numel) in self.tensors.items()}
+        span = self.spans[0]
+        rows = span.numel // max(span.row_numel, 1)
+        if span.is_dense:
+            return dict.fromkeys(self.tensors, (rows, *span.global_shape[1:]) if span.global_shape else ())
+        row = Band(0, 1, span.row_numel, self.grid(span).segments(0, span.row_numel))
+        return {name: (rows, numel) for name, numel in self._sparse_numels(self._row_size(row)).items()}
+
+    def _sparse_numels(self, size: StateSize) -> dict[str, int]:
+        """Elements of every tensor of the Top-K path that blocks of this size take."""
+        numels = {}
+        if self.config.ef_bits:
+            numels = {"codes": size.codes, "bucket_lo": size.buckets, "bucket_hi": size.buckets}
+        if self.has_window:
+            num_values = self.config.window_size * size.kept
+            numels |= {"indices": INDEX_BYTES * num_values, "values": num_values}
+        return numels
 
     @property
     def sparse_bytes(self) -> int:

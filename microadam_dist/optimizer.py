@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, NamedTuple, overload
 
@@ -15,10 +15,10 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 from .backends.base import TensorStep, select_backend
 from .checkpoint.format import LAYOUT_KEY, describe_layouts, read_layouts
 from .config import STRUCTURAL_SETTINGS, MicroAdamConfig, reject_unknown_settings
-from .engines.base import NamedParameter, Slot, engines, find_spans, process_rank
-from .errors import CheckpointMismatchError, ConfigError, UnsupportedLayoutError
+from .engines.base import NamedParameter, Shard, Slot, any_rank, engines, find_shard, process_rank
+from .errors import CheckpointMismatchError, ConfigError
 from .layout import DENSE_TENSORS, StateLayout
-from .state import allocate_state, state_specs
+from .state import allocate_state, flatten_state, shape_state, state_specs
 
 _PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -111,6 +111,7 @@ class MicroAdam(Optimizer):
         self.exchanged_bytes = ExchangedBytes()
         self._backend = select_backend(backend)
         self._constructed: list[list[NamedParameter]] = []
+        self._shards: dict[Tensor, Shard] = {}  # how the data of a tensor is reached; found with its layout
         self._layouts: dict[Tensor, StateLayout] = {}
         self._num_nonfinite_blocks = 0
         super().__init__(params, defaults)
@@ -138,7 +139,7 @@ class MicroAdam(Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
-        self._constructed.append([NamedParameter(*pair) for pair in zip(names, group["params"], strict=True)])
+        self._constructed.append([NamedParameter.of(*pair) for pair in zip(names, group["params"], strict=True)])
 
     def name_parameters(self, names: Mapping[Tensor, str]) -> None:
         """Give parameters the names they have in the model, for checkpoints; parameters not in ``names`` keep theirs.
@@ -146,7 +147,7 @@ class MicroAdam(Optimizer):
         DeepSpeed constructs an optimizer from unnamed parameters; its adapter calls this.
         """
         for group in self._constructed:
-            group[:] = [NamedParameter(names.get(named.param, named.fqn), named.param) for named in group]
+            group[:] = [replace(named, fqn=names.get(named.param, named.fqn)) for named in group]
 
     @property
     def num_nonfinite_blocks(self) -> int:
@@ -157,7 +158,7 @@ class MicroAdam(Optimizer):
         """State this rank holds now, as allocated (step counters not counted)."""
         totals = [0, 0, 0, 0]
         for tensor, layout in self._layouts.items():
-            nbytes = {name: self.state[tensor][name].nbytes for name in layout.tensors}
+            nbytes = {name: state.nbytes for name, state in self._local_state(tensor).items()}
             dense = sum(nbytes.get(name, 0) for name in DENSE_TENSORS)
             parts = (layout.sparse_numel, sum(nbytes.values()) - dense, layout.dense_numel, dense)
             totals = [total + part for total, part in zip(totals, parts, strict=True)]
@@ -200,8 +201,8 @@ class MicroAdam(Optimizer):
         ]
         tensors = [p for _, members in groups for p in members]
         is_first_call = not self._layouts
-        self._create_missing_state(tensors)
-        if is_first_call and not any(bool(p.grad.any()) for p in tensors):
+        grads = self._create_missing_state(tensors)
+        if is_first_call and not any_rank(any(bool(grad.any()) for grad in grads), [self._shards[p] for p in tensors]):
             return loss
 
         num_skipped = 0
@@ -210,22 +211,42 @@ class MicroAdam(Optimizer):
         self._count_nonfinite(num_skipped)
         return loss
 
+    @torch.no_grad()
+    def step_in_backward(self, param: Tensor, group_index: int) -> None:
+        """Update one parameter that has just got its gradient, as its part of a step; see `gradient_release`.
+
+        A gradient of a backward pass is never a synthetic one, so it always counts as a step.
+
+        Args:
+            param: A parameter with a gradient.
+            group_index: Its param group.
+
+        Raises:
+            UnsupportedLayoutError: As `step`.
+            ConfigError: As `step`.
+        """
+        config = MicroAdamConfig.from_dict(self.param_groups[group_index])
+        self._create_missing_state([param])
+        self._count_nonfinite(self._step_group([param], config, grad_scale=1.0))
+
     def _step_group(self, members: Sequence[Tensor], config: MicroAdamConfig, grad_scale: float) -> int:
         steps, copies = [], []
         for p in members:
-            assert p.grad is not None  # for mypy; selected in step()
-            local = p.detach()
+            shard = self._shards[p]
+            local = shard.param
             flat = local.contiguous().view(-1)  # a copy where the parameter is not row-major in memory
             if flat.data_ptr() != local.data_ptr():
                 copies.append((local, flat))
-            state = self.state[p]
-            grad = p.grad.contiguous().view(-1)
-            steps.append(TensorStep(flat, grad, state, self._layouts[p], int(state["step"])))
+            grad = shard.grad.contiguous().view(-1)
+            num_steps = int(self.state[p]["step"])
+            steps.append(TensorStep(flat, grad, flatten_state(self._local_state(p)), self._layouts[p], num_steps))
         num_skipped = self._backend.step(steps, config, grad_scale)
         for local, flat in copies:
             local.copy_(flat.view(local.shape))
         for p in members:
             self.state[p]["step"] += 1
+            # A kernel writes through a pointer; a backward pass that still needs the old values must notice.
+            torch.autograd.graph.increment_version(self._shards[p].param)
         return num_skipped
 
     def _count_nonfinite(self, num_blocks: int) -> None:
@@ -243,28 +264,44 @@ class MicroAdam(Optimizer):
     def _find_layouts(self, tensors: Iterable[Tensor]) -> dict[Tensor, StateLayout]:
         """Layouts of those tensors (all in the param groups) that have none yet; changes nothing."""
         wanted = {tensor for tensor in tensors if tensor not in self._layouts}
-        layouts = {}
+        layouts: dict[Tensor, StateLayout] = {}
+        if not wanted:
+            return layouts
         for group_index, group in enumerate(self.param_groups):
             config = None
             for position, tensor in enumerate(group["params"]):
                 if tensor in wanted:
                     config = config or MicroAdamConfig.from_dict(group)
                     slot = Slot(tensor, group_index, position, len(group["params"]), self._constructed)
-                    layouts[tensor] = StateLayout(find_spans(slot), config)
+                    self._shards[tensor] = find_shard(slot)
+                    layouts[tensor] = StateLayout(self._shards[tensor].spans, config)
         return layouts
 
-    def _create_missing_state(self, tensors: Sequence[Tensor]) -> None:
-        for p in tensors:
-            if p.grad is not None and p.grad.is_sparse:
-                raise UnsupportedLayoutError(
-                    f"a parameter of shape {tuple(p.shape)} has a sparse gradient; use an embedding with sparse=False."
-                )
+    def _create_missing_state(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Make state where there is none, unless something is not supported; returns the local gradients."""
         layouts = self._find_layouts(tensors)
+        grads = [self._shards[p].grad for p in tensors]
         for p, layout in layouts.items():
             self._backend.check(layout.config, p.device)
         for p, layout in layouts.items():
-            self.state[p] = {"step": torch.zeros((), dtype=torch.int64), **allocate_state(layout, p.device)}
-            self._layouts[p] = layout
+            self._set_state(p, layout, {"step": torch.zeros((), dtype=torch.int64), **allocate_state(layout, p.device)})
+        return grads
+
+    def _set_state(self, p: Tensor, layout: StateLayout, state: Mapping[str, Tensor]) -> None:
+        """Keep these flat state tensors and ``step`` as the state of ``p``."""
+        wrap = self._shards[p].wrap
+        shaped = shape_state(layout, state)
+        self.state[p] = {name: tensor if name == "step" else wrap(tensor) for name, tensor in shaped.items()}
+        self._layouts[p] = layout
+
+    def _local_state(self, p: Tensor) -> dict[str, Tensor]:
+        """This rank's part of the state tensors of ``p``, without ``step``."""
+        unwrap = self._shards[p].unwrap
+        return {name: unwrap(self.state[p][name]) for name in self._layouts[p].tensors}
+
+    def _saved_layout(self, p: Tensor) -> StateLayout:
+        """What the state of ``p`` describes in a state dict."""
+        return replace(self._layouts[p], spans=self._shards[p].saved_spans)
 
     # ---------------------------------------------------------------- state dict
 
@@ -275,7 +312,7 @@ class MicroAdam(Optimizer):
         """
         state_dict = super().state_dict()
         tensors = chain.from_iterable(group["params"] for group in self.param_groups)
-        layouts = {index: self._layouts[p] for index, p in enumerate(tensors) if p in self._layouts}
+        layouts = {index: self._saved_layout(p) for index, p in enumerate(tensors) if p in self._layouts}
         state_dict[LAYOUT_KEY] = describe_layouts(layouts, *process_rank())
         return state_dict
 
@@ -297,20 +334,22 @@ class MicroAdam(Optimizer):
             saved_layouts = read_layouts(state_dict[LAYOUT_KEY])
             for index, layout in saved_layouts.items():
                 if index < len(tensors) and tensors[index] in loaded:
-                    _match_spans(layout, layouts[tensors[index]], index)
+                    p = tensors[index]
+                    _match_spans(layout, replace(layouts[p], spans=self._shards[p].saved_spans), index)
         for key, index in position.items():
             if key in saved_state:
                 p = tensors[index]
-                _match_state(saved_state[key], layouts[p], f"parameter {index} of shape {tuple(p.shape)}")
+                describe = f"parameter {index} of shape {tuple(p.shape)}"
+                _match_state(saved_state[key], layouts[p], self._shards[p], describe)
 
         # The base class would cast every tensor to the parameter's dtype, which turns codes and indices into rubbish:
         # it gets the groups alone.
         super().load_state_dict({"state": {}, "param_groups": groups})
-        self._layouts = {p: layouts[p] for p in loaded}
+        self._layouts = {}
         for p, state in loaded.items():
-            self.state[p] = {"step": state["step"].to("cpu", copy=True)}
-            for name in layouts[p].tensors:
-                self.state[p][name] = state[name].to(p.device, copy=True)
+            local = {name: self._shards[p].unwrap(state[name]) for name in layouts[p].tensors}
+            copies = {name: tensor.to(p.device, copy=True).contiguous().view(-1) for name, tensor in local.items()}
+            self._set_state(p, layouts[p], {"step": state["step"].to("cpu", copy=True), **copies})
 
     def _match_groups(self, groups: Sequence[Mapping[str, Any]]) -> list[Tensor]:
         """The tensors of all groups in order, after a check that the saved groups have the same form and settings."""
@@ -342,6 +381,10 @@ class MicroAdam(Optimizer):
         found = self._find_layouts(tensors)
         return {p: self._layouts.get(p) or found[p] for p in tensors}
 
+    def shards(self) -> dict[Tensor, Shard]:
+        """How the data of each tensor in the param groups is reached."""
+        return {p: self._shards[p] for p in self.layouts()}
+
     def load_shards(self, states: Mapping[Tensor, Mapping[str, Tensor] | None]) -> None:
         """Replace the state of tensors by state laid out as `layouts` says; None takes it away."""
         layouts = self.layouts()
@@ -350,10 +393,8 @@ class MicroAdam(Optimizer):
                 self._layouts.pop(p, None)
                 self.state.pop(p, None)
             else:
-                self._layouts[p] = layouts[p]
-                self.state[p] = {
-                    name: tensor if name == "step" else tensor.to(p.device) for name, tensor in state.items()
-                }
+                moved = {name: tensor if name == "step" else tensor.to(p.device) for name, tensor in state.items()}
+                self._set_state(p, layouts[p], moved)
 
     # ---------------------------------------------------------------- pickling
 
@@ -361,6 +402,7 @@ class MicroAdam(Optimizer):
         own = (
             "_backend",
             "_constructed",
+            "_shards",
             "_layouts",
             "_num_nonfinite_blocks",
             "sparse_allgather",
@@ -369,17 +411,17 @@ class MicroAdam(Optimizer):
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
 
 
-def _match_state(state: Mapping[str, Any], layout: StateLayout, describe: str) -> None:
-    """Refuse state whose tensors are not exactly those of the layout."""
+def _match_state(state: Mapping[str, Any], layout: StateLayout, shard: Shard, describe: str) -> None:
+    """Refuse state whose tensors are not exactly those of the layout, distributed like the parameter."""
     expected = {"step", *layout.tensors}
     if set(state) != expected:
         raise CheckpointMismatchError(
             f"the checkpoint's state of {describe} has {sorted(state)}, expected {sorted(expected)}. "
             "It was written by another optimizer or for a parameter of another shape."
         )
-    for name, (dtype, numel) in {"step": (torch.int64, None), **state_specs(layout)}.items():
-        got = state[name]
-        shape = () if numel is None else (numel,)
+    specs = {name: (dtype, layout.shapes[name]) for name, (dtype, _) in state_specs(layout).items()}
+    for name, (dtype, shape) in {"step": (torch.int64, ()), **specs}.items():
+        got = shard.unwrap(state[name]) if isinstance(state[name], Tensor) else state[name]
         if not isinstance(got, Tensor) or got.dtype != dtype or got.shape != shape:
             found = f"{got.dtype} {tuple(got.shape)}" if isinstance(got, Tensor) else repr(got)
             raise CheckpointMismatchError(

@@ -25,6 +25,16 @@ def allocate_state(layout: StateLayout, device: torch.device) -> dict[str, Tenso
     }
 
 
+def shape_state(layout: StateLayout, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Flat state tensors in the shapes in which they are kept and saved; views. ``step`` stays as it is."""
+    return {name: tensor if name == "step" else tensor.view(layout.shapes[name]) for name, tensor in state.items()}
+
+
+def flatten_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The opposite of `shape_state`."""
+    return {name: tensor if name == "step" else tensor.view(-1) for name, tensor in state.items()}
+
+
 @dataclass(frozen=True)
 class BlockViews:
     """Strided views of what belongs to some rows of one `BlockRun`; writing to them writes to the state.

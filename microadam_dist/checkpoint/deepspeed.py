@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..errors import CheckpointMismatchError
 from ..layout import StateLayout
+from ..state import flatten_state
 from .format import LAYOUT_KEY, read_layouts
 from .reshard import SourceShard
 
@@ -159,16 +160,20 @@ def _stage0_shards(path: Path, states: Mapping[str, Any]) -> list[SourceShard]:
         weights = [tensor.flatten() for group in optimizer["fp32_groups"] for tensor in group]
         return _shards(path, base, weights)
     return [
-        SourceShard(layout, base["state"].get(index), states["module"][layout.spans[0].fqn].flatten(), str(path))
+        SourceShard(layout, _flat_state(base, index), states["module"][layout.spans[0].fqn].flatten(), str(path))
         for index, layout in _layouts(path, base).items()
     ]
 
 
 def _shards(path: Path, base: Mapping[str, Any], weights: Sequence[Tensor]) -> list[SourceShard]:
     return [
-        SourceShard(layout, base["state"].get(index), weights[index].detach(), str(path))
+        SourceShard(layout, _flat_state(base, index), weights[index].detach(), str(path))
         for index, layout in _layouts(path, base).items()
     ]
+
+
+def _flat_state(base: Mapping[str, Any], index: int) -> dict[str, Tensor] | None:
+    return flatten_state(base["state"][index]) if index in base["state"] else None
 
 
 def _layouts(path: Path, base: Mapping[str, Any]) -> dict[int, StateLayout]:

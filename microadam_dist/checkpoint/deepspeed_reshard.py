@@ -17,7 +17,7 @@ from torch import Tensor
 from ..config import MicroAdamConfig
 from ..errors import CheckpointMismatchError, ConfigError
 from ..layout import FlatShard, StateLayout, zero3_shard, zero3_share, zero12_shard
-from ..state import state_specs
+from ..state import shape_state, state_specs
 from .deepspeed import DeepSpeedCheckpoint, read_checkpoint
 from .format import LAYOUT_KEY, describe_layouts
 from .reshard import Resharder, SourceShard
@@ -103,7 +103,7 @@ class _Writer:
             paddings.append(shard.end_padding)
             state = self.resharder.state(layout, _allocator(scratch / f"state{index}"))
             assert state is not None  # a checkpoint that was never stepped has no layouts to read
-            states[index] = state
+            states[index] = shape_state(layout, state)
         optim = dict(self.checkpoint.optim_states[0])
         zero = optim["optimizer_state_dict"] = dict(optim["optimizer_state_dict"])
         base_key = "base_optimizer_state" if self.checkpoint.stage < 3 else "optimizer_state_dict"

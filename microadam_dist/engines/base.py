@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch.distributed as dist
 from torch import Tensor
@@ -15,12 +16,38 @@ from ..errors import CheckpointMismatchError, UnsupportedLayoutError
 from ..layout import ShardSpan
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NamedParameter:
-    """A parameter as the optimizer's constructor saw it."""
+    """A parameter as the optimizer's constructor saw it.
+
+    It is not kept alive: where an engine has put a shard in its place, its memory must be free to go.
+
+    Attributes:
+        fqn: Its name, or its position in the param groups.
+        shape: Its shape at that time.
+        reference: Gives the tensor, or None when nothing else holds it any more.
+    """
 
     fqn: str
-    param: Tensor
+    shape: tuple[int, ...]
+    reference: Callable[[], Tensor | None]
+
+    @classmethod
+    def of(cls, fqn: str, param: Tensor) -> NamedParameter:
+        """A name and what it stands for."""
+        return cls(fqn, tuple(param.shape), weakref.ref(param))
+
+    @property
+    def param(self) -> Any:
+        """The tensor itself; None when nothing else holds it any more."""
+        return self.reference()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore_named, (self.fqn, self.shape, self.param)
+
+
+def _restore_named(fqn: str, shape: tuple[int, ...], param: Tensor | None) -> NamedParameter:
+    return NamedParameter(fqn, shape, (lambda: None) if param is None else weakref.ref(param))
 
 
 @dataclass(frozen=True)
@@ -44,11 +71,76 @@ class Slot:
     constructed: Sequence[Sequence[NamedParameter]]
 
 
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """A tensor in the param groups: what it holds and how its data is reached. This one is a plain tensor.
+
+    Attributes:
+        tensor: The tensor in the param groups.
+        spans: The intervals of the model's parameters that lie in its local data.
+    """
+
+    tensor: Tensor
+    spans: tuple[ShardSpan, ...]
+
+    @property
+    def param(self) -> Tensor:
+        """This rank's data; not a copy."""
+        return self.tensor.detach()
+
+    @property
+    def grad(self) -> Tensor:
+        """This rank's gradient, with the elements of `param`.
+
+        Raises:
+            UnsupportedLayoutError: The gradient is sparse, or distributed in another way than the parameter.
+        """
+        assert self.tensor.grad is not None  # callers ask for tensors that have one
+        if self.tensor.grad.is_sparse:
+            raise UnsupportedLayoutError(
+                f"parameter {self.spans[0].fqn!r} of shape {tuple(self.tensor.shape)} has a sparse gradient; "
+                "use an embedding with sparse=False."
+            )
+        return self.tensor.grad
+
+    @property
+    def has_final_grad(self) -> bool:
+        """Whether a gradient is complete when the backward pass has accumulated it, with no reduction to follow."""
+        return process_rank()[1] == 1
+
+    @property
+    def saved_spans(self) -> tuple[ShardSpan, ...]:
+        """What the state tensors as `wrap` makes them describe."""
+        return self.spans
+
+    @property
+    def groups(self) -> list[dist.ProcessGroup]:
+        """The groups of ranks that step the same parameters at the same time, as far as it matters to the engine."""
+        return []
+
+    def wrap(self, local: Tensor) -> Tensor:
+        """A tensor with one row for each row of `param`, in the form in which state is kept and saved."""
+        return local
+
+    def unwrap(self, state: Tensor) -> Tensor:
+        """The opposite of `wrap`: this rank's part of a state tensor, not a copy.
+
+        Raises:
+            CheckpointMismatchError: It is distributed in another way than the parameter.
+        """
+        if hasattr(state, "placements"):
+            raise CheckpointMismatchError(
+                f"state of {self.spans[0].fqn!r} is a DTensor with placements {state.placements}, the parameter a "
+                "plain tensor. Load it with torch.distributed.checkpoint, which reshards."
+            )
+        return state
+
+
 class Engine(Protocol):
     """An adapter module."""
 
-    def find_spans(self, slot: Slot) -> tuple[ShardSpan, ...] | None:
-        """The spans of the tensor in ``slot``, or None when it is not this engine's.
+    def find_shard(self, slot: Slot) -> Shard | None:
+        """What the tensor in ``slot`` holds, or None when it is not this engine's.
 
         Raises:
             UnsupportedLayoutError: It is this engine's, sharded in a way that has no spans.
@@ -59,7 +151,7 @@ class Engine(Protocol):
 
 
 # Asked in this order; the modules import their engine lazily.
-_ENGINES = ("local", "deepspeed")
+_ENGINES = ("dtensor", "local", "deepspeed")
 
 
 def engines() -> list[Engine]:
@@ -67,20 +159,20 @@ def engines() -> list[Engine]:
     return [cast(Engine, importlib.import_module(f".{name}", __package__)) for name in _ENGINES]
 
 
-def find_spans(slot: Slot) -> tuple[ShardSpan, ...]:
-    """The spans of the tensor in ``slot``, from the engine it belongs to.
+def find_shard(slot: Slot) -> Shard:
+    """What the tensor in ``slot`` holds, from the engine it belongs to.
 
     Raises:
         UnsupportedLayoutError: No engine knows the tensor, or its engine shards it in a way that has no spans.
     """
     for engine in engines():
-        spans = engine.find_spans(slot)
-        if spans is not None:
-            return spans
+        shard = engine.find_shard(slot)
+        if shard is not None:
+            return shard
     raise UnsupportedLayoutError(
         f"param group {slot.group} holds a tensor of shape {tuple(slot.tensor.shape)} at position {slot.position} that "
         "is neither a parameter the optimizer was constructed with nor a shard of a known engine. Construct MicroAdam "
-        "with the model's own parameters, and let the engine (DeepSpeed, DDP) replace them."
+        "with the model's own parameters, and let the engine (DeepSpeed, FSDP2) replace them."
     )
 
 
@@ -100,6 +192,15 @@ def raise_together() -> Iterator[None]:
     for rank, message in enumerate(messages):
         if message is not None:
             raise CheckpointMismatchError(f"rank {rank}: {message}")
+
+
+def any_rank(flag: bool, shards: Iterable[Shard]) -> bool:
+    """Whether ``flag`` is set on any rank that steps the same parameters; a collective of the shards' groups."""
+    for group in dict.fromkeys(group for shard in shards for group in shard.groups):
+        flags = [flag] * group.size()
+        dist.all_gather_object(flags, flag, group=group)
+        flag = any(flags)
+    return flag
 
 
 def process_rank() -> tuple[int, int]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import ConfigError, UnsupportedLayoutError
 from ..layout import ShardSpan
 from . import deepspeed_sparse
-from .base import NamedParameter, Slot
+from .base import NamedParameter, Shard, Slot
 
 
 def whitelist(optimizer_class: type) -> None:
@@ -57,7 +57,7 @@ def _hook_initialize() -> None:
         optimizer.name_parameters(engine.param_names)
         wrapper = original(engine, optimizer)
         if optimizer.sparse_allgather:
-            deepspeed_sparse.prepare(engine, optimizer, wrapper)
+            deepspeed_sparse.prepare(engine, wrapper)
         return wrapper
 
     sanity_check.looks_for_microadam = True  # type: ignore[attr-defined]
@@ -112,11 +112,14 @@ def refuse_unsupported(engine: Any) -> None:
             raise ConfigError(f"DeepSpeed option {option} does not work with MicroAdam: {remedy}.")
 
 
-def find_spans(slot: Slot) -> tuple[ShardSpan, ...] | None:
-    """Spans of a flat shard or of a master copy, by what DeepSpeed left on the model's parameters."""
-    if "deepspeed" not in sys.modules:
-        return None
-    model = [named for group in slot.constructed for named in group if named.param.requires_grad]
+def find_shard(slot: Slot) -> Shard | None:
+    """A flat shard or a master copy, by what DeepSpeed left on the model's parameters."""
+    spans = _find_spans(slot) if "deepspeed" in sys.modules else None
+    return None if spans is None else Shard(slot.tensor, spans)
+
+
+def _find_spans(slot: Slot) -> tuple[ShardSpan, ...] | None:
+    model = [named for group in slot.constructed for named in group if _is_trainable(named)]
     if any(hasattr(named.param, "_z3_optimizer") for named in model):
         return tuple(_stage3_spans(slot.tensor, model))
     if any(hasattr(named.param, "_hp_mapping") for named in model):
@@ -172,10 +175,14 @@ def _stage1_2_spans(shard: Tensor, model: Sequence[NamedParameter]) -> Iterator[
 
 def _master_copy_spans(slot: Slot) -> tuple[ShardSpan, ...] | None:
     """Stage 0 in bf16 or fp16: an fp32 clone of every trainable parameter, in the order of the group."""
-    trainable = [named for named in slot.constructed[slot.group] if named.param.requires_grad]
+    trainable = [named for named in slot.constructed[slot.group] if _is_trainable(named)]
     if len(trainable) != slot.group_size or trainable[slot.position].param.shape != slot.tensor.shape:
         return None
     return (ShardSpan(trainable[slot.position].fqn, tuple(slot.tensor.shape), start=0, numel=slot.tensor.numel()),)
+
+
+def _is_trainable(named: NamedParameter) -> bool:
+    return named.param is not None and named.param.requires_grad
 
 
 @contextlib.contextmanager

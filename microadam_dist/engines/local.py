@@ -6,16 +6,16 @@ from torch import Tensor
 
 from ..errors import UnsupportedLayoutError
 from ..layout import ShardSpan
-from .base import Slot
+from .base import Shard, Slot
 
 
-def find_spans(slot: Slot) -> tuple[ShardSpan, ...] | None:
+def find_shard(slot: Slot) -> Shard | None:
     """One span: the whole parameter."""
     for group in slot.constructed:
         for named in group:
             if named.param is slot.tensor:
-                _refuse_sharded(named.fqn, slot.tensor)
-                return (_whole(named.fqn, slot.tensor),)
+                _refuse_fsdp1(named.fqn, slot.tensor)
+                return Shard(slot.tensor, (_whole(named.fqn, slot.tensor),))
     return None
 
 
@@ -27,14 +27,10 @@ def _whole(fqn: str, tensor: Tensor) -> ShardSpan:
     return ShardSpan(fqn, tuple(tensor.shape), start=0, numel=tensor.numel())
 
 
-def _refuse_sharded(fqn: str, tensor: Tensor) -> None:
-    # A DTensor or an FSDP1 view looks like a whole parameter, and would get the wrong grid.
-    if hasattr(tensor, "placements"):
-        got = f"a DTensor with placements {tensor.placements}"
-    elif getattr(tensor, "_fsdp_flattened", False):
-        got = "a view into an FSDP flat parameter"
-    else:
-        return
-    raise UnsupportedLayoutError(
-        f"parameter {fqn!r} is {got}; MicroAdam cannot shard its state this way yet. Use DeepSpeed ZeRO or DDP."
-    )
+def _refuse_fsdp1(fqn: str, tensor: Tensor) -> None:
+    # It looks like a whole parameter, and would get the wrong grid.
+    if getattr(tensor, "_fsdp_flattened", False):
+        raise UnsupportedLayoutError(
+            f"parameter {fqn!r} is a view into a flat parameter of FullyShardedDataParallel, whose state MicroAdam "
+            "cannot shard yet. Use fully_shard (FSDP2), DeepSpeed ZeRO or DDP."
+        )

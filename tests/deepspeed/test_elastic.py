@@ -17,6 +17,7 @@ import microadam_dist
 from microadam_dist import CheckpointMismatchError
 from microadam_dist.checkpoint.deepspeed import read_checkpoint
 from microadam_dist.checkpoint.reshard import SourceShard
+from microadam_dist.state import flatten_state
 from tests.checkpoint.test_reshard import assert_same, blocks, dense
 from tests.deepspeed.engines import (
     base_optimizer,
@@ -66,7 +67,7 @@ def _resume(rank: int, world_size: int, folder: str, moves: list[tuple[int, int,
         assert engine.global_steps == SAVED_AT
         optimizer = base_optimizer(engine)
         loaded = [
-            SourceShard(layout, dict(optimizer.state[p]), p.detach().flatten().clone(), "")
+            SourceShard(layout, flatten_state(optimizer.state[p]), p.detach().flatten().clone(), "")
             for p, layout in optimizer._layouts.items()
         ]
         state = {name: {n: t.clone() for n, t in block.items()} for name, block in blocks(loaded).items()}

@@ -91,7 +91,7 @@ class Student(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.first = nn.Linear(2000, 100)
+        self.first = nn.Linear(1000, 100)
         self.norm = nn.LayerNorm(100)
         self.last = nn.Linear(100, 200)
 
@@ -109,9 +109,9 @@ class Student(nn.Module):
 
 def batches(rank: int, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(100 + rank)
-    teacher = torch.randn(2000, 200, generator=torch.Generator().manual_seed(99)) / 2000**0.5
+    teacher = torch.randn(1000, 200, generator=torch.Generator().manual_seed(99)) / 1000**0.5
     while True:
-        inputs = torch.randn(16, 2000, generator=generator)
+        inputs = torch.randn(16, 1000, generator=generator)
         yield inputs.to(dtype), (inputs @ teacher).relu().to(dtype)
 
 
@@ -125,10 +125,6 @@ def new_student(stage: int, dtype: torch.dtype, weight_decay: float, sparse: boo
 def step(engine: Any, batch: tuple[Tensor, Tensor]) -> None:
     engine.backward(engine(*batch))
     engine.step()
-
-
-def flats(engine: Any) -> list[Tensor]:
-    return [flat.clone() for flat in engine.optimizer.bit16_groups_flat]
 
 
 @contextmanager
@@ -158,54 +154,192 @@ CASES = [
 ]
 
 
-def _train_twins(rank: int, world_size: int, cases: list[tuple[int, str, float]]) -> list[Any]:
+def assert_gathered(engine: Any) -> None:
+    """Every rank's weights are those DeepSpeed's own gather makes of all master weights."""
+    zero = engine.optimizer
+    for flat, master in zip(zero.bit16_groups_flat, zero.single_partition_of_fp32_groups, strict=True):
+        expected = torch.empty_like(flat)
+        dist.all_gather_into_tensor(expected, master.detach().to(flat.dtype))
+        assert same_bits(flat, expected)
+
+
+def _train(rank: int, world_size: int, cases: list[tuple[int, str, float]]) -> list[float]:
     results = []
     for stage, dtype_name, weight_decay in cases:
         dtype = getattr(torch, dtype_name)
-        dense, sparse = (new_student(stage, dtype, weight_decay, sparse) for sparse in (False, True))
-        numel = sum(flat.numel() for flat in sparse.optimizer.bit16_groups_flat)
-        data = batches(rank, dtype)
-        for index in range(NUM_STEPS):
-            batch = next(data)
-            step(dense, batch)
+        engine = new_student(stage, dtype, weight_decay, sparse=True)
+        numel = sum(flat.numel() for flat in engine.optimizer.bit16_groups_flat)
+        exchanged = base_optimizer(engine).exchanged_bytes
+        tapped = before = 0
+        for index, batch in enumerate(itertools.islice(batches(rank, dtype), NUM_STEPS)):
+            if index == 20:  # the window has been full for a while
+                before = exchanged.sent
             with counted_collectives() as sent:
-                step(sparse, batch)
-            for ours, theirs in zip(flats(sparse), flats(dense), strict=True):
-                assert same_bits(ours, theirs), f"step {index}, rank {rank}"
-            if index == 49:  # the window is full
-                before = base_optimizer(sparse).exchanged_bytes.sent
-                tapped = 0
-            elif index > 49:
-                tapped += sent[0]
-        for ours, theirs in zip(
-            sparse.optimizer.single_partition_of_fp32_groups,
-            dense.optimizer.single_partition_of_fp32_groups,
-            strict=True,
-        ):
-            assert same_bits(ours.detach(), theirs.detach())
-        counted = base_optimizer(sparse).exchanged_bytes
-        assert tapped == counted.sent - before
-        assert counted.dense == NUM_STEPS * numel // world_size * dtype.itemsize
-        assert base_optimizer(dense).exchanged_bytes.sent == 0
-        results.append(tapped * world_size / numel / (NUM_STEPS - 50))
-        dense.destroy()
-        sparse.destroy()
+                step(engine, batch)
+            tapped += sent[0] if index >= 20 else 0
+            assert_gathered(engine)
+        assert exchanged.sent - before == tapped
+        assert exchanged.dense == NUM_STEPS * numel // world_size * dtype.itemsize
+        results.append(tapped * world_size / numel / (NUM_STEPS - 20))
+        engine.destroy()
     return results
 
 
 @pytest.mark.deepspeed
-@pytest.mark.parametrize(("world_size", "cases"), [(2, CASES), (4, [CASES[1], CASES[3]])], ids=["2", "4"])
-def test_weights_are_those_of_the_dense_gather_in_a_fraction_of_the_bytes(
+@pytest.mark.parametrize(("world_size", "cases"), [(2, CASES), (4, [CASES[1], CASES[3]])], ids=["2 ranks", "4 ranks"])
+def test_every_step_is_that_of_the_dense_gather_in_a_fraction_of_the_bytes(
     world_size: int, cases: list[tuple[int, str, float]]
 ) -> None:
-    per_rank = run_ranks(_train_twins, world_size, cases)
+    per_rank = run_ranks(_train, world_size, cases)
     for index, (stage, dtype, weight_decay) in enumerate(cases):
-        # Padded to the longest message, so every rank sends as much.
+        # Messages are padded to the longest, so every rank sends as much.
         assert len({results[index] for results in per_rank}) == 1
         bytes_a_weight = per_rank[0][index]
-        dense_bytes = getattr(torch, dtype).itemsize
         print(
-            f"ZeRO-{stage} {dtype}, weight decay {weight_decay}, {world_size} ranks: "
-            f"{bytes_a_weight:.3f} bytes a parameter and step, dense gather {dense_bytes}"
+            f"ZeRO-{stage} {dtype}, weight decay {weight_decay}, {world_size} ranks: {bytes_a_weight:.3f} bytes a "
+            f"parameter and step, dense gather {getattr(torch, dtype).itemsize}"
         )
         assert bytes_a_weight <= 0.45
+
+
+# Settings that change every weight a lot, or where the weights and masters lie; compared with an engine without the
+# option.
+VARIANTS: list[tuple[int, str, dict[str, Any]]] = [
+    (2, "float32", {"zero_optimization": {"round_robin_gradients": True}}),
+    (1, "bfloat16", {"gradient_accumulation_steps": 2, "gradient_clipping": 0.1}),
+    (2, "bfloat16", {"bf16": {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}}),
+    (2, "bfloat16", {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}),
+]
+
+
+def _train_variants(rank: int, world_size: int) -> list[tuple[int, int]]:
+    import deepspeed.runtime.utils
+    import deepspeed.runtime.zero.stage_1_and_2 as stage_1_and_2
+
+    results = []
+    deepspeed_sparse.PIECE_NUMEL = 10001
+    for stage, dtype_name, extra in VARIANTS:
+        dtype = getattr(torch, dtype_name)
+        dense, sparse = (
+            initialize(make_model(), make_config(stage, dtype, {**SETTINGS, "sparse_allgather": on}, **extra))
+            for on in (False, True)
+        )
+        for engine in (sparse, dense):  # one after the other: neither disturbs the other
+            train(engine, make_gradients(20, dtype))
+        dense_weights, sparse_weights = full_weights(dense), full_weights(sparse)
+        assert all(same_bits(sparse_weights[name], dense_weights[name]) for name in dense_weights)
+        assert_gathered(sparse)
+        assert base_optimizer(dense).exchanged_bytes.sent == 0
+        exchanged = base_optimizer(sparse).exchanged_bytes
+        results.append((exchanged.sent, exchanged.dense))
+        dense.destroy()
+        sparse.destroy()
+    assert stage_1_and_2.all_gather_dp_groups is deepspeed.runtime.utils.all_gather_dp_groups
+    return results
+
+
+@pytest.mark.deepspeed
+def test_same_weights_as_an_engine_without_it() -> None:
+    for sent, dense in run_ranks(_train_variants, 2)[0]:
+        print(f"sent {sent} bytes, dense {dense}")
+        assert 0 < sent < 0.7 * dense
+
+
+# ---------------------------------------------------------------- when it is not used
+
+
+def _dense_steps(rank: int, world_size: int, folder: str) -> None:
+    """Which steps gather densely: those after the weights were written to, and those that would send more."""
+    config = make_config(2, torch.float32, {**SETTINGS, "density": 0.01, "sparse_allgather": True})
+    model = make_model()
+    groups = [{"params": [p for p in model.parameters() if (p.ndim > 1) == is_matrix]} for is_matrix in (True, False)]
+    engine = initialize(model, config, model_parameters=groups)
+    gradients = iter(make_gradients(30))
+    exchanged = base_optimizer(engine).exchanged_bytes
+    matrices = engine.optimizer.single_partition_of_fp32_groups[0]
+
+    def is_dense() -> bool:
+        before = exchanged.sent
+        train(engine, [next(gradients)])
+        assert_gathered(engine)
+        return exchanged.sent - before >= matrices.nbytes
+
+    assert [is_dense() for _ in range(4)] == [True, False, False, False]
+
+    engine.save_checkpoint(folder)
+    engine.load_checkpoint(folder)
+    assert [is_dense() for _ in range(3)] == [True, False, False]
+
+    engine.optimizer.update_lp_params()
+    assert [is_dense() for _ in range(2)] == [False, False]
+
+    if rank == 1:  # one rank alone has other weights; the gather makes them equal again, as DeepSpeed's would
+        with torch.no_grad():
+            engine.module.embed.weight.mul_(2)
+    assert [is_dense() for _ in range(3)] == [True, False, False]
+
+    # A step that fails between the update and the exchange, when every rank has written its own weights already.
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("no network")
+
+    exchange = engine.optimizer._optimizer_step.__self__
+    exchange._all_gather = fail
+    with pytest.raises(RuntimeError, match="no network"):
+        train(engine, [next(gradients)])
+    del exchange._all_gather
+    assert [is_dense() for _ in range(3)] == [True, False, False]
+
+    # Other weights in the master copy alone: nearly all change at once.
+    matrices.data.mul_(-3)
+    assert [is_dense() for _ in range(3)] == [True, False, False]
+
+
+@pytest.mark.deepspeed
+def test_dense_gather_where_it_is_needed(tmp_path: Any) -> None:
+    run_ranks(_dense_steps, 2, str(tmp_path))
+
+
+def _refusals(rank: int, world_size: int) -> list[str]:
+    settings = {**SETTINGS, "sparse_allgather": True}
+    messages = []
+    for stage, dtype, extra in (
+        (0, torch.float32, {}),
+        (3, torch.bfloat16, {}),
+        (1, torch.bfloat16, {"data_types": {"grad_accum_dtype": "fp32"}}),
+    ):
+        with pytest.raises(ConfigError) as error:
+            initialize(make_model(), make_config(stage, dtype, settings, **extra))
+        messages.append(str(error.value))
+    return messages
+
+
+@pytest.mark.deepspeed
+def test_refused_at_initialize_where_it_cannot_work() -> None:
+    stage0, stage3, bf16_optimizer = run_ranks(_refusals, 1)[0]
+    for message in (stage0, stage3, bf16_optimizer):
+        assert "sparse_allgather" in message and "emove" in message
+    assert "zero_optimization.stage is 0" in stage0 and "zero_optimization.stage is 3" in stage3
+    assert "BF16_Optimizer" in bf16_optimizer and "grad_accum_dtype" in bf16_optimizer
+
+
+def _unknown_deepspeed(rank: int, world_size: int) -> None:
+    import deepspeed
+
+    deepspeed.__version__ = "0.25.1"
+    settings = {**SETTINGS, "sparse_allgather": True}
+    with pytest.warns(UserWarning, match=r"not known to work with DeepSpeed 0\.25\.1.*all weights are gathered"):
+        engine = initialize(make_model(), make_config(2, torch.float32, settings))
+    assert "step" not in vars(engine.optimizer)
+    train(engine, make_gradients(3))
+    assert_gathered(engine)
+
+
+@pytest.mark.deepspeed
+def test_unknown_deepspeed_gathers_densely_with_a_warning() -> None:
+    run_ranks(_unknown_deepspeed, 2)
+
+
+@pytest.mark.parametrize("value", ["true", 1, None])
+def test_must_be_a_bool(value: Any) -> None:
+    with pytest.raises(ConfigError, match="sparse_allgather=.*expected true or false"):
+        MicroAdam([nn.Parameter(torch.zeros(4))], sparse_allgather=value)

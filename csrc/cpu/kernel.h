@@ -1,0 +1,73 @@
+// What the instruction-set files offer to the rest: one step on one Top-K block, and on a piece of the dense path.
+#pragma once
+
+#include <stdint.h>
+
+#include "floats.h"
+#include "microadam_cpu.h"
+
+namespace microadam {
+
+constexpr int kTile = 64;            // elements that the phases work on at a time
+constexpr int kGroup = 4;            // elements whose common largest magnitude is kept for the selection
+constexpr int kPad = 2 * kTile;      // elements that vector code may touch beyond the end of a scratch buffer
+
+// One Top-K block.
+struct Block {
+  void* param;
+  const void* grad;
+  Bf16* param_copy;  // null: not wanted
+  uint8_t* codes;
+  Bf16 *bucket_lo, *bucket_hi;
+  uint16_t* indices;  // window_size slots of num_kept entries; null: no window is stored
+  Bf16* values;       // the same
+  int numel, num_kept;
+};
+
+// A piece of the dense path.
+struct DensePiece {
+  void* param;
+  const void* grad;
+  Bf16* param_copy;
+  float *exp_avg, *exp_avg_sq;
+  int numel;
+};
+
+// What all blocks of a tensor share.
+struct Step {
+  const microadam_scalars* scalars;
+  int64_t window_size, bucket_size;
+  int32_t param_dtype, grad_dtype;
+};
+
+inline int64_t element_bytes(int32_t dtype) { return dtype == MICROADAM_FP32 ? 4 : 2; }
+
+// First and second moment of one coordinate.
+typedef float Moments __attribute__((vector_size(8), may_alias));
+
+// Buffers of one thread, each with kPad more elements than said.
+struct Scratch {
+  float* accumulator;        // (numel) accumulator, residual, then the weights in fp32
+  uint32_t* maxima;          // (numel / kGroup) largest magnitude of each group
+  uint16_t* candidates;      // (numel) positions that may belong to the k largest, ascending
+  uint32_t* candidate_bits;  // (numel) and the accumulator there
+  uint16_t* indices;         // (num_kept) the newest slot
+  Bf16* values;
+  Moments* moments;      // (numel) window sums; all zero between blocks
+  uint16_t* touched;     // (numel) the coordinates in the window
+  Moments* sums;         // (numel) and their window sums
+  uint32_t* last_key;    // where to start the search for the threshold; no influence on the result
+  float* bucket_lo;      // (num_buckets)
+  float* bucket_factor;  // (num_buckets) step_q when decoding, its inverse when encoding
+};
+
+struct Kernel {
+  // One step on a block. Returns false when its accumulator is not finite and it was skipped.
+  bool (*block_step)(const Block&, const Step&, const Scratch&);
+  // One AdamW step. Returns false when an element was skipped.
+  bool (*dense_step)(const DensePiece&, const Step&);
+};
+
+extern const Kernel kPortableKernel, kAvx2Kernel, kAvx512Kernel;
+
+}  // namespace microadam

@@ -1,0 +1,156 @@
+// Vectors of sixteen floats for AVX-512 with VBMI2 (Ice Lake and later, Zen 4 and later). See simd_portable.h.
+//
+// Without VBMI2 (Skylake-X, Cascade Lake) there is no compression of bytes and words, and AVX2 is as fast.
+#pragma once
+
+#include "simd_x86.h"
+
+namespace microadam {
+namespace {
+
+typedef __m512 Floats;
+typedef __m512i Ints;
+typedef __mmask16 Lanes;
+constexpr int kLanes = 16;
+
+inline Floats splat(float x) { return _mm512_set1_ps(x); }
+inline Ints splat(int32_t x) { return _mm512_set1_epi32(x); }
+
+// ---- memory
+
+inline Floats load(const float* from) { return _mm512_loadu_ps(from); }
+inline Ints load_ints(const uint32_t* from) { return _mm512_loadu_si512(from); }
+inline Ints load_shorts(const uint16_t* from) {
+  return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+inline Floats load(const Bf16* from) { return _mm512_castsi512_ps(_mm512_slli_epi32(load_shorts(&from->bits), 16)); }
+inline Floats load(const Fp16* from) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+
+inline void store_ints(uint32_t* to, Ints x) { _mm512_storeu_si512(to, x); }
+inline void store_shorts(uint16_t* to, Ints x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(x));
+}
+
+inline Ints bf16_bits(Ints x) {
+  const Ints odd = _mm512_and_si512(_mm512_srli_epi32(x, 16), splat(1));
+  return _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(x, splat(0x7FFF)), odd), 16);
+}
+
+inline void store(float* to, Floats x) { _mm512_storeu_ps(to, x); }
+inline void store(Bf16* to, Floats x) {
+  const Lanes is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  const Ints rounded = bf16_bits(_mm512_castps_si512(x));
+  store_shorts(&to->bits, _mm512_mask_mov_epi32(rounded, is_nan, splat(0x7FC0)));
+}
+inline void store(Fp16* to, Floats x) {
+  const __m256i rounded = _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), rounded);
+}
+
+inline void store_pairs(float* to, Floats even, Floats odd) {
+  const Ints first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const Ints second = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  _mm512_storeu_ps(to, _mm512_permutex2var_ps(even, first, odd));
+  _mm512_storeu_ps(to + 16, _mm512_permutex2var_ps(even, second, odd));
+}
+
+inline void load_pairs(const float* from, Floats* even, Floats* odd) {
+  const Floats a = load(from), b = load(from + 16);
+  const Ints evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const Ints odds = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  *even = _mm512_permutex2var_ps(a, evens, b);
+  *odd = _mm512_permutex2var_ps(a, odds, b);
+}
+
+// ---- arithmetic
+
+inline Floats min(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+inline Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+inline Floats square_root(Floats x) { return _mm512_sqrt_ps(x); }
+inline float reduce_min(Floats x) { return _mm512_reduce_min_ps(x); }
+inline float reduce_max(Floats x) { return _mm512_reduce_max_ps(x); }
+
+// ---- bits
+
+inline Ints magnitude(Floats x) { return _mm512_and_si512(_mm512_castps_si512(x), splat(0x7FFFFFFF)); }
+inline Ints max(Ints a, Ints b) { return _mm512_max_epi32(a, b); }
+inline int32_t reduce_max(Ints x) { return _mm512_reduce_max_epi32(x); }
+inline int32_t reduce_add(Ints x) { return _mm512_reduce_add_epi32(x); }
+
+// ---- conditions
+
+inline Lanes less(Ints a, Ints b) { return _mm512_cmplt_epi32_mask(a, b); }
+inline Lanes equal(Ints a, Ints b) { return _mm512_cmpeq_epi32_mask(a, b); }
+inline Floats choose(Lanes where, Floats yes, Floats no) { return _mm512_mask_mov_ps(no, where, yes); }
+inline uint32_t lane_bits(Lanes where) { return where; }
+inline Ints count_at_least(Ints counts, Ints x, Ints threshold) {
+  return _mm512_mask_sub_epi32(counts, _mm512_cmpge_epi32_mask(x, threshold), counts, splat(-1));
+}
+
+// ---- lists
+
+// Compressing to a register: compressing to memory is microcoded on Zen 4.
+inline int append(uint16_t* list, Ints x, uint32_t lanes) {
+  const __m256i chosen = _mm256_maskz_compress_epi16(static_cast<__mmask16>(lanes), _mm512_cvtepi32_epi16(x));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(list), chosen);
+  return _mm_popcnt_u32(lanes);
+}
+
+// Positions in a tile, one byte each.
+inline __m512i tile_positions() {
+  const __m512i quads = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60);
+  return _mm512_add_epi8(_mm512_mullo_epi32(quads, splat(0x01010101)), splat(0x03020100));
+}
+
+inline int append_tile(uint16_t* list, int first, const Floats (&x)[4], Ints below) {
+  uint64_t chosen = 0;
+  for (int i = 0; i < 4; ++i) chosen |= static_cast<uint64_t>(less(below, magnitude(x[i]))) << (i * kLanes);
+  const __m512i positions = _mm512_maskz_compress_epi8(chosen, tile_positions());
+  const __m512i offset = _mm512_set1_epi16(static_cast<int16_t>(first));
+  const __m512i low = _mm512_cvtepu8_epi16(_mm512_castsi512_si256(positions));
+  _mm512_storeu_si512(list, _mm512_add_epi16(low, offset));
+  const int count = static_cast<int>(_mm_popcnt_u64(chosen));
+  if (count > 32) {
+    const __m512i high = _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(positions, 1));
+    _mm512_storeu_si512(list + 32, _mm512_add_epi16(high, offset));
+  }
+  return count;
+}
+
+// ---- 4-bit codes
+
+struct Decoder {
+  Floats levels;  // code * step + lo of all sixteen codes
+};
+
+inline Decoder make_decoder(float step, float lo) {
+  const Floats codes = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  return {_mm512_add_ps(_mm512_mul_ps(codes, splat(step)), splat(lo))};
+}
+
+inline void decode_64(const Decoder& decoder, const uint8_t* codes, Floats (&x)[4]) {
+  const Ints shifts = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+  const Ints word = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+  const Ints words = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
+  for (int i = 0; i < 4; ++i) {
+    const Ints eight_codes = _mm512_permutexvar_epi32(_mm512_add_epi32(word, splat(2 * i)), words);
+    // The permutation reads the low four bits of its index only.
+    x[i] = _mm512_permutexvar_ps(_mm512_srlv_epi32(eight_codes, shifts), decoder.levels);
+  }
+}
+
+inline void encode_64(uint8_t* codes, const Floats (&x)[4]) {
+  const Ints a = _mm512_packs_epi32(_mm512_cvtps_epi32(x[0]), _mm512_cvtps_epi32(x[1]));
+  const Ints b = _mm512_packs_epi32(_mm512_cvtps_epi32(x[2]), _mm512_cvtps_epi32(x[3]));
+  // Packing works inside each quarter: groups of four codes come out as x0[0] x1[0] x2[0] x3[0] x0[1] ...
+  const Ints order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  Ints bytes = _mm512_permutexvar_epi32(order, _mm512_packus_epi16(a, b));
+  bytes = _mm512_min_epu8(bytes, _mm512_set1_epi8(15));
+  const Ints pairs = _mm512_maddubs_epi16(bytes, _mm512_set1_epi16(0x1001));  // first + 16 * second
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), _mm512_cvtepi16_epi8(pairs));
+}
+
+}  // namespace
+}  // namespace microadam

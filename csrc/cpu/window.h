@@ -1,0 +1,150 @@
+// Moments from the window, and the update of the weights.
+//
+//   M = sum b1^r V_r,  V = sum b2^r V_r^2, oldest to newest, at the touched coordinates
+//   p = p * (1 - lr*wd);  p[touched] -= lr * (m / (eps + sqrt(v)))
+#pragma once
+
+#include "kernel.h"
+#include "vector_loops.h"
+
+namespace microadam {
+namespace {
+
+constexpr int kChunk = 256;  // window entries worked on at a time
+
+inline int64_t slot_of_age(const Step& step, int64_t age) {
+  const int64_t slot = step.scalars->newest_slot - age;
+  return slot < 0 ? slot + step.window_size : slot;
+}
+
+// Copies the newest slot into the window.
+inline void store_slot(const Block& block, const Step& step, const Scratch& s) {
+  if (block.indices == nullptr) return;
+  const int64_t start = step.scalars->newest_slot * block.num_kept;
+  const size_t nbytes = static_cast<size_t>(block.num_kept) * sizeof(uint16_t);
+  memcpy(block.indices + start, s.indices, nbytes);
+  memcpy(block.values + start, s.values, nbytes);
+}
+
+// What a skipped block stores: zeros at the first k places.
+inline void empty_slot(const Block& block, const Scratch& s) {
+  for (int i = 0; i < block.num_kept; ++i) s.indices[i] = static_cast<uint16_t>(i);
+  memset(s.values, 0, static_cast<size_t>(block.num_kept) * sizeof(uint16_t));
+}
+
+// The window of the block that follows is needed soon.
+inline void prefetch_next_window(const Block& block, const Step& step) {
+  const int64_t nbytes = step.window_size * block.num_kept * 2;
+  for (int64_t i = 0; i < nbytes; i += kCacheLine) {
+    prefetch(following(block.indices, nbytes + i));
+    prefetch(following(block.values, nbytes + i));
+  }
+}
+
+// b1^r V_r and b2^r V_r^2 of `count` entries, rounded up to a whole vector. `readable` entries may be read.
+inline void weigh(const Bf16* values, int count, int64_t readable, float m_weight, float v_weight, Moments* terms) {
+  for (int i = 0; i < count; i += kLanes) {
+    const Floats value = readable - i >= kLanes ? load(values + i) : load_first(values + i, count - i);
+    // Sums begin with 0: adding it makes a weighted -0 a 0.
+    const Floats m = splat(0.f) + value * splat(m_weight), v = splat(0.f) + (value * value) * splat(v_weight);
+    store_pairs(reinterpret_cast<float*>(terms + i), m, v);
+  }
+}
+
+// M += b1^r V_r, V += b2^r V_r^2
+inline void add_slot(const Block& block, const Step& step, int64_t age, Moments* moments) {
+  const int64_t begin = slot_of_age(step, age) * block.num_kept, end = begin + block.num_kept;
+  const int64_t window_end = step.scalars->num_weights * block.num_kept;
+  const float m_weight = step.scalars->m_weights[age], v_weight = step.scalars->v_weights[age];
+  Moments terms[kChunk + kLanes];
+  for (int64_t start = begin; start < end; start += kChunk) {
+    const int count = static_cast<int>(smaller(kChunk, end - start));
+    const uint16_t* indices = block.indices + start;
+    weigh(block.values + start, count, window_end - start, m_weight, v_weight, terms);
+    for (int i = 0; i < count; ++i) moments[indices[i]] += terms[i];
+  }
+}
+
+// Moves the sums of the window's coordinates to a list, each coordinate once, and leaves zeros for the next block.
+// Sums of nothing but zeros change no weight and are left out. Returns the number of coordinates.
+inline int list_touched(const uint16_t* indices, int64_t num_entries, const Scratch& s) {
+  Moments *moments = s.moments, *sums = s.sums;
+  uint16_t* touched = s.touched;
+  int count = 0;
+  for (int64_t i = 0; i < num_entries; ++i) {  // without branches: the second time a coordinate comes it has a zero
+    const uint16_t index = indices[i];
+    const Moments sum = moments[index];
+    moments[index] = Moments{0.f, 0.f};
+    touched[count] = index;
+    sums[count] = sum;
+    uint64_t bits;
+    memcpy(&bits, &sum, sizeof bits);
+    count += bits != 0;
+  }
+  return count;
+}
+
+// M and V of the coordinates in the window, as lists.
+inline int sum_window(const Block& block, const Step& step, const Scratch& s) {
+  const int64_t num_slots = step.scalars->num_weights;
+  prefetch_next_window(block, step);
+  for (int64_t age = num_slots - 1; age >= 0; --age) add_slot(block, step, age, s.moments);
+  // The valid slots lie one after the other, from the beginning.
+  return list_touched(block.indices, num_slots * block.num_kept, s);
+}
+
+// The same when the newest slot is all there is.
+inline int weigh_newest(const Block& block, const Step& step, const Scratch& s) {
+  const int count = block.num_kept;
+  weigh(s.values, count, count + kPad, step.scalars->m_weights[0], step.scalars->v_weights[0], s.sums);
+  memcpy(s.touched, s.indices, static_cast<size_t>(count) * sizeof(uint16_t));
+  return count;
+}
+
+// lr * (m / (eps + sqrt(v))) of a vector of sums.
+inline Floats adam_update(const Moments* sums, const microadam_scalars& scalars) {
+  Floats m, v;
+  load_pairs(reinterpret_cast<const float*>(sums), &m, &v);
+  const Floats denominator = square_root(v * splat(scalars.v_factor)) + splat(scalars.eps);
+  return m * splat(scalars.m_factor) / denominator * splat(scalars.lr);
+}
+
+// p = p * (1 - lr*wd);  p[touched] -= lr * (m / (eps + sqrt(v)))
+inline void update_weights(float* param, const Block& block, const Step& step, const Scratch& s) {
+  const microadam_scalars& scalars = *step.scalars;
+  const int count = scalars.num_weights == 1 ? weigh_newest(block, step, s) : sum_window(block, step, s);
+  if (scalars.decay != 1.f) {
+    const Floats decay = splat(scalars.decay);
+    transform(param, param, block.numel, [=](Floats w) { return w * decay; });
+  }
+  const uint16_t* touched = s.touched;
+  float* updates = s.accumulator;  // no longer needed
+  for (int i = 0; i < count; i += kLanes) store(updates + i, adam_update(s.sums + i, scalars));
+  for (int i = 0; i < count; ++i) param[touched[i]] -= updates[i];
+}
+
+// Whether a weight times `decay` rounds to the weight itself, whatever the weight: with b significant bits its
+// neighbours are at least 2**-b times itself away, so a change of 2**-(b+2) times itself is far from half way to them.
+inline bool rounds_away(const Bf16*, float decay) { return decay <= 1.f && 1.f - decay <= 0x1p-10f; }
+inline bool rounds_away(const Fp16*, float decay) { return decay <= 1.f && 1.f - decay <= 0x1p-13f; }
+
+// The same for 16-bit weights, each rounded once: the touched ones are taken out before the others are decayed.
+template <class Param>
+inline void update_weights(Param* param, const Block& block, const Step& step, const Scratch& s) {
+  const microadam_scalars& scalars = *step.scalars;
+  const int count = scalars.num_weights == 1 ? weigh_newest(block, step, s) : sum_window(block, step, s);
+  const Floats decay = splat(scalars.decay);
+  const uint16_t* touched = s.touched;
+  Param* weights = reinterpret_cast<Param*>(s.accumulator);  // no longer needed
+  for (int i = 0; i < count; ++i) weights[i] = param[touched[i]];
+  if (!rounds_away(param, scalars.decay)) {
+    transform(param, param, block.numel, [=](Floats w) { return w * decay; });
+  }
+  for (int i = 0; i < count; i += kLanes) {
+    store(weights + i, load(weights + i) * decay - adam_update(s.sums + i, scalars));
+  }
+  for (int i = 0; i < count; ++i) param[touched[i]] = weights[i];
+}
+
+}  // namespace
+}  // namespace microadam

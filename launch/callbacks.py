@@ -1,0 +1,55 @@
+"""Trainer callbacks of `train.py`."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class StepTimer(TrainerCallback):
+    """Seconds inside optimizer steps: without evaluation, checkpoints and start-up."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.steps = 0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._start = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.seconds += time.perf_counter() - self._start
+        self.steps += 1
+
+
+class EvaluateAtEnd(TrainerCallback):
+    """Held-out loss of the final weights, whatever `eval_steps` says."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = True
+
+
+class LossProgress(ProgressCallback):
+    """Trainer's progress bar with the losses beside it, instead of a dictionary a line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.losses: dict[str, str] = {}
+
+    def on_prediction_step(self, *_: Any, **__: Any) -> None:
+        """No second bar for the evaluations."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        names = {"loss": "train", "eval_loss": "held-out"}
+        self.losses |= {names[key]: f"{value:.3f}" for key, value in (logs or {}).items() if key in names}
+        if self.training_bar is not None:
+            self.training_bar.set_postfix(self.losses, refresh=False)

@@ -1,0 +1,157 @@
+"""What a run cost and gained: loss, speed, memory and optimizer state, as a table and as metrics.json."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import sys
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import Trainer
+
+from callbacks import StepTimer
+
+PACKAGES = ("microadam-dist", "torch", "deepspeed", "transformers", "accelerate")
+
+
+@dataclass(frozen=True)
+class StateUse:
+    """Optimizer state as allocated, summed over ranks; a replicated state counts once for each rank.
+
+    The sparse and dense path apart (bytes per parameter of that path) only for MicroAdam.
+    """
+
+    state_bytes: int
+    state_bytes_per_param: float
+    sparse_bytes_per_param: float | None = None
+    dense_bytes_per_param: float | None = None
+    dense_params: int | None = None
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Content of metrics.json."""
+
+    optimizer: str
+    world_size: int
+    zero_stage: int | None
+    num_params: int
+    heldout_before: float
+    heldout_after: float
+    tokens_per_second: float
+    seconds: float
+    peak_memory_bytes: int
+    state: StateUse
+    train_loss: list[tuple[int, float]]
+    eval_loss: list[tuple[int, float]]
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+def collect(trainer: Trainer, timer: StepTimer, seq_len: int, zero_stage: int | None) -> Metrics:
+    """Gather the numbers of a finished run; every rank must call it."""
+    args, history = trainer.args, trainer.state.log_history
+    optimizer = base_optimizer(trainer)
+    sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    num_params = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters() if p.requires_grad)
+    eval_loss = [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
+    return Metrics(
+        optimizer=type(optimizer).__name__,
+        world_size=args.world_size,
+        zero_stage=zero_stage,
+        num_params=num_params,
+        heldout_before=eval_loss[0][1],
+        heldout_after=eval_loss[-1][1],
+        tokens_per_second=timer.steps * sequences * seq_len / timer.seconds if timer.steps else 0.0,
+        seconds=timer.seconds,
+        peak_memory_bytes=max(_gather(trainer, peak_memory())),
+        state=state_use(trainer, optimizer, num_params),
+        train_loss=[(entry["step"], entry["loss"]) for entry in history if "loss" in entry],
+        eval_loss=eval_loss,
+        versions=versions(),
+    )
+
+
+def base_optimizer(trainer: Trainer) -> torch.optim.Optimizer:
+    """The optimizer under the wrappers of Accelerate and DeepSpeed."""
+    optimizer = trainer.optimizer
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def state_use(trainer: Trainer, optimizer: torch.optim.Optimizer, num_params: int) -> StateUse:
+    """Count the bytes of every tensor in the optimizer's state, over all ranks."""
+    tensors = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    total = sum(_gather(trainer, sum(tensor.numel() * tensor.element_size() for tensor in tensors)))
+    paths: dict[str, Any] = {}
+    if hasattr(optimizer, "state_bytes"):
+        sparse_numel, sparse_bytes, dense_numel, dense_bytes = (
+            sum(_gather(trainer, count)) for count in optimizer.state_bytes()
+        )
+        paths = {
+            "sparse_bytes_per_param": sparse_bytes / sparse_numel if sparse_numel else None,
+            "dense_bytes_per_param": dense_bytes / dense_numel if dense_numel else None,
+            "dense_params": dense_numel,
+        }
+    return StateUse(total, total / num_params, **paths)
+
+
+def _gather(trainer: Trainer, value: int) -> list[int]:
+    """The value of every rank."""
+    return trainer.accelerator.gather(torch.tensor([value], device=trainer.args.device)).tolist()
+
+
+def peak_memory() -> int:
+    """Peak bytes of this rank: GPU memory where there is one, else resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the installed packages that matter."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def report(metrics: Metrics, output: Path, console: Console) -> None:
+    """Write metrics.json and print the table."""
+    lines = (f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in asdict(metrics).items())
+    (output / "metrics.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    zero = "no ZeRO" if metrics.zero_stage is None else f"ZeRO-{metrics.zero_stage}"
+    table = Table(title=f"{metrics.optimizer}, {zero}, world size {metrics.world_size}", show_header=False)
+    for name, value in _rows(metrics):
+        table.add_row(name, value)
+    console.print(table)
+    console.print(f"Weights, metrics.json and TensorBoard logs are in {output}")
+
+
+def _rows(metrics: Metrics) -> list[tuple[str, str]]:
+    state = metrics.state
+    rows = [
+        ("held-out loss", f"{metrics.heldout_before:.4f} -> {metrics.heldout_after:.4f} nats a token"),
+        ("speed", f"{metrics.tokens_per_second:,.0f} tokens/s"),
+        ("training time", f"{metrics.seconds:.1f} s"),
+        ("peak memory a rank", f"{metrics.peak_memory_bytes / 2**20:,.0f} MiB"),
+        ("trained parameters", f"{metrics.num_params:,}"),
+        ("optimizer state, all ranks", f"{state.state_bytes_per_param:.3f} bytes a parameter"),
+    ]
+    if state.sparse_bytes_per_param is not None:
+        rows.append(("  sparse path", f"{state.sparse_bytes_per_param:.3f} bytes a parameter"))
+    if state.dense_bytes_per_param is not None:
+        dense = f"{state.dense_bytes_per_param:.3f} bytes a parameter, {state.dense_params:,} parameters"
+        rows.append(("  dense path (norms, biases)", dense))
+    return rows

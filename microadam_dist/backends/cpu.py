@@ -1,0 +1,258 @@
+"""The CPU backend: the kernel in ``csrc/cpu``, a plain shared library called through ctypes.
+
+One call updates all tensors of a group. The tables it is given mirror ``csrc/cpu/microadam_cpu.h``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from collections.abc import Sequence
+from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import MicroAdamConfig
+from ..errors import BackendUnavailableError, ConfigError
+from ..layout import BlockRun, Extent, StateLayout
+from ..scalars import StepScalars
+from .base import TensorStep
+
+ABI_VERSION = 1
+LIBRARY_NAME = "libmicroadam_cpu.so"
+ISAS = {"portable": 0, "avx2": 1, "avx512": 2}  # slowest first
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class _Extent(Structure):
+    _fields_ = [("start", c_int64), ("row_stride", c_int64), ("size", c_int64)]
+
+
+class _BlockRun(Structure):
+    _fields_ = [
+        *((name, c_int64) for name in ("rows", "cols", "numel", "num_kept")),
+        *((name, _Extent) for name in ("elements", "codes", "buckets", "kept")),
+    ]
+
+
+class _DenseRun(Structure):
+    _fields_ = [("start", c_int64), ("numel", c_int64), ("state_start", c_int64)]
+
+
+_FLOAT_SCALARS = (
+    *("lr", "eps", "decay", "grad_scale", "beta1", "beta2", "one_minus_beta1", "one_minus_beta2"),
+    *("m_factor", "v_factor", "m_correction", "v_correction"),
+)
+
+
+class _Scalars(Structure):
+    _fields_ = [
+        *((name, c_float) for name in _FLOAT_SCALARS),
+        ("m_weights", POINTER(c_float)),
+        ("v_weights", POINTER(c_float)),
+        ("num_weights", c_int64),
+        ("newest_slot", c_int64),
+    ]
+
+
+_STATE_NAMES = ("codes", "bucket_lo", "bucket_hi", "indices", "values", "exp_avg", "exp_avg_sq")
+
+
+class _Tensor(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("param", "grad", "param_copy", *_STATE_NAMES)),
+        ("block_runs", POINTER(_BlockRun)),
+        ("dense_runs", POINTER(_DenseRun)),
+        ("scalars", POINTER(_Scalars)),
+        ("num_block_runs", c_int64),
+        ("num_dense_runs", c_int64),
+        ("param_dtype", c_int32),
+        ("grad_dtype", c_int32),
+    ]
+
+
+class _Settings(Structure):
+    _fields_ = [("window_size", c_int64), ("bucket_size", c_int64)]
+
+
+class _Runs:
+    """The runs of one layout as the kernel reads them; they never change."""
+
+    def __init__(self, layout: StateLayout) -> None:
+        self.layout = layout
+        self.blocks = (_BlockRun * len(layout.runs))(*map(_block_run, layout.runs))
+        self.dense = (_DenseRun * len(layout.dense_runs))(
+            *(_DenseRun(run.start, run.numel, run.state_start) for run in layout.dense_runs)
+        )
+
+
+def _block_run(run: BlockRun) -> _BlockRun:
+    def extent(e: Extent) -> _Extent:
+        return _Extent(e.start, e.row_stride, e.size)
+
+    extents = map(extent, (run.elements, run.codes, run.buckets, run.kept))
+    return _BlockRun(run.rows, run.cols, run.numel, run.num_kept, *extents)
+
+
+class CpuBackend:
+    """The fused kernel for tensors in host memory.
+
+    Args:
+        isa: ``"avx512"``, ``"avx2"`` or ``"portable"`` instead of the best one this machine has; also taken from the
+            environment variable ``MICROADAM_CPU_ISA``.
+        num_threads: Instead of torch's own number of threads. The result does not depend on it.
+
+    Raises:
+        BackendUnavailableError: The kernel is not installed, or not for this instruction set.
+    """
+
+    name = "cpu"
+
+    def __init__(self, isa: str | None = None, num_threads: int | None = None) -> None:
+        self._library = load_library()
+        self._requested = (isa, num_threads)
+        self.isa = _select_isa(self._library, isa or os.environ.get("MICROADAM_CPU_ISA"))
+        self._num_threads = num_threads
+        self._runs: dict[int, _Runs] = {}  # by id of the layout, which _Runs keeps alive
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._requested
+
+    @property
+    def num_threads(self) -> int:
+        """Threads of a step: torch's own number, unless another was asked for."""
+        return self._num_threads or torch.get_num_threads()
+
+    @property
+    def threading(self) -> str:
+        """``"openmp"``: the threads are torch's own; ``"std::thread"``: they are started for every step."""
+        return str(self._library.microadam_cpu_threading().decode())
+
+    def check(self, config: MicroAdamConfig, device: torch.device) -> None:
+        """See `Backend.check`."""
+        if device.type != "cpu":
+            raise BackendUnavailableError(
+                f'backend="cpu" cannot update a parameter on {device}: move it to the CPU or use backend="auto".'
+            )
+        if config.ef_bits != 4:
+            raise ConfigError(f'ef_bits={config.ef_bits}: backend="cpu" has 4 only; backend="reference" has all.')
+
+    def step(self, tensors: Sequence[TensorStep], config: MicroAdamConfig, grad_scale: float) -> int:
+        """See `Backend.step`."""
+        scalars = {step: _scalars(step, config, grad_scale) for step in {tensor.step for tensor in tensors}}
+        grads = [tensor.grad if tensor.grad.dtype in _DTYPES else tensor.grad.float() for tensor in tensors]
+        table = (_Tensor * len(tensors))(
+            *(
+                self._row(tensor, grad, scalars[tensor.step])
+                for tensor, grad in zip(tensors, grads, strict=True)  # grads lives until the call is over
+            )
+        )
+        settings = _Settings(config.window_size, config.bucket_size)
+        num_skipped = self._library.microadam_cpu_step(
+            byref(settings), table, len(tensors), ISAS[self.isa], self.num_threads
+        )
+        if num_skipped < 0:
+            raise MemoryError("the CPU kernel could not allocate its scratch memory, less than 1 MB a thread.")
+        return int(num_skipped)
+
+    def _row(self, tensor: TensorStep, grad: Tensor, scalars: _Scalars) -> _Tensor:
+        runs = self._runs.get(id(tensor.layout))
+        if runs is None:
+            runs = self._runs[id(tensor.layout)] = _Runs(tensor.layout)
+        copy, state = tensor.param_copy, tensor.state
+        return _Tensor(
+            tensor.param.data_ptr(),
+            grad.data_ptr(),
+            None if copy is None else copy.data_ptr(),
+            *(state[name].data_ptr() if name in state else None for name in _STATE_NAMES),
+            runs.blocks,
+            runs.dense,
+            ctypes.pointer(scalars),
+            len(runs.blocks),
+            len(runs.dense),
+            _DTYPES[tensor.param.dtype],
+            _DTYPES[grad.dtype],
+        )
+
+
+def _scalars(step: int, config: MicroAdamConfig, grad_scale: float) -> _Scalars:
+    scalars = StepScalars.at(step, config, grad_scale)
+    num_weights = len(scalars.m_weights)
+    weights = c_float * num_weights
+    return _Scalars(
+        *(getattr(scalars, name) for name in _FLOAT_SCALARS),
+        weights(*scalars.m_weights),
+        weights(*scalars.v_weights),
+        num_weights,
+        step % config.window_size,
+    )
+
+
+def _library_path() -> Path | None:
+    """Where the library lies; the environment variable ``MICROADAM_CPU_LIBRARY`` names another build of it."""
+    override = os.environ.get("MICROADAM_CPU_LIBRARY")
+    if override:
+        return Path(override)
+    from . import __path__ as directories  # an editable install has two: the sources and what was built
+
+    candidates = [Path(directory, LIBRARY_NAME) for directory in directories]
+    return next((path for path in candidates if path.exists()), None)
+
+
+@functools.cache
+def load_library() -> ctypes.CDLL:
+    """Load the kernel.
+
+    Raises:
+        BackendUnavailableError: Says why it cannot be loaded and what to do.
+    """
+    path = _library_path()
+    if path is None:
+        raise BackendUnavailableError(
+            f'backend="cpu": {LIBRARY_NAME} is not installed: there was no C++ compiler (GCC or Clang) when the '
+            "package was installed. Install one, then `pip install --force-reinstall --no-cache-dir "
+            'microadam-dist`, or use backend="reference".'
+        )
+    try:
+        library = ctypes.CDLL(str(path))
+        version = library.microadam_cpu_abi_version()
+    except (OSError, AttributeError) as error:
+        raise BackendUnavailableError(
+            f'backend="cpu": cannot load {path}: {error}. Reinstall microadam-dist.'
+        ) from error
+    if version != ABI_VERSION:
+        raise BackendUnavailableError(
+            f'backend="cpu": {path} has interface {version}, expected {ABI_VERSION}: it was built from another version '
+            "of the sources. Reinstall microadam-dist."
+        )
+    library.microadam_cpu_threading.restype = c_char_p
+    library.microadam_cpu_step.restype = c_int64
+    library.microadam_cpu_step.argtypes = [POINTER(_Settings), POINTER(_Tensor), c_int64, c_int, c_int]
+    return library
+
+
+def available_isas() -> list[str]:
+    """The instruction sets the kernel has code for and this machine runs, slowest first.
+
+    Raises:
+        BackendUnavailableError: The kernel is not installed.
+    """
+    library = load_library()
+    return [name for name, number in ISAS.items() if library.microadam_cpu_has_isa(number)]
+
+
+def _select_isa(library: ctypes.CDLL, wanted: str | None) -> str:
+    available = available_isas()
+    if wanted is None:
+        return available[-1]
+    if wanted not in available:
+        raise BackendUnavailableError(
+            f"the CPU kernel was asked for instruction set {wanted!r}; this machine and build have "
+            f"{', '.join(available)}."
+        )
+    return wanted

@@ -1,0 +1,116 @@
+"""`launch/train.py` with every configuration there is, on two real ranks, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.deepspeed
+ROOT = Path(__file__).parents[2]
+TRAIN = ROOT / "launch" / "train.py"
+CONFIGS = sorted((ROOT / "configs" / "deepspeed").glob("*.json"))
+TINY_LLAMA = {
+    **json.loads((ROOT / "configs" / "models" / "byte-llama-1m.json").read_text()),
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "text.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog.\n" * 300)
+    path.with_name("model.json").write_text(json.dumps(TINY_LLAMA))
+    return path
+
+
+def _train(rank: int, world_size: int, options: dict[str, Any]) -> None:
+    # The launch scripts are no package: they import their siblings.
+    sys.path.insert(0, str(ROOT / "launch"))
+    os.environ.update(LOCAL_WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    import train
+    from settings import Options
+
+    train.train(Options(**options))
+
+
+def options(text: Path, output: Path, **more: Any) -> dict[str, Any]:
+    return {
+        "model_config": text.with_name("model.json"),
+        "tokenizer": "bytes",
+        "data": [str(text)],
+        "seq_len": 64,
+        "steps": 2,
+        "output": output,
+        **more,
+    }
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_deepspeed_config_trains(config: Path, text: Path, tmp_path: Path) -> None:
+    run_ranks(_train, 2, options(text, tmp_path, deepspeed=config))
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    expected = json.loads(config.read_text())
+    assert metrics["optimizer"] == expected["optimizer"]["type"]
+    assert metrics["world_size"] == 2
+    assert metrics["zero_stage"] == expected["zero_optimization"]["stage"]
+    assert math.isfinite(metrics["heldout_after"]) and metrics["heldout_after"] != metrics["heldout_before"]
+    copies = 2 if metrics["zero_stage"] == 0 else 1
+    if metrics["optimizer"] == "MicroAdam":
+        assert metrics["state"]["sparse_bytes_per_param"] < 1.25  # short rows: 1 % is rounded up
+        assert metrics["state"]["dense_params"] == copies * 3 * TINY_LLAMA["hidden_size"]
+    assert loaded_numel(tmp_path) == metrics["num_params"]
+
+
+def loaded_numel(folder: Path) -> int:
+    """Elements of the saved weights, read as transformers reads them."""
+    from safetensors import safe_open
+
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
+
+
+def test_deepspeed_launcher_and_command_line(text: Path, tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", str(port)]
+    script = [
+        str(ROOT / "launch" / "train.py"),
+        "--model-config",
+        str(text.with_name("model.json")),
+        "--tokenizer",
+        "bytes",
+    ]
+    script += ["--data", str(text), "--seq-len", "64", "--steps", "2", "--output", str(tmp_path)]
+    script += ["--deepspeed", str(ROOT / "configs" / "deepspeed" / "zero2_bf16.json")]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([*launcher, *script], env=environment, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "sparse path" in result.stdout  # the table at the end
+    assert json.loads((tmp_path / "metrics.json").read_text())["world_size"] == 2
+
+
+def test_a_mistake_is_one_line_and_no_trace(tmp_path: Path) -> None:
+    script = [
+        sys.executable,
+        str(ROOT / "launch" / "train.py"),
+        "--model",
+        "nowhere",
+        "--data",
+        str(tmp_path / "none.txt"),
+    ]
+    result = subprocess.run([*script, "--output", str(tmp_path / "out")], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "none.txt" in result.stderr and "Traceback" not in result.stderr

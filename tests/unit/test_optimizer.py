@@ -1,0 +1,574 @@
+"""MicroAdam as a citizen of torch: schedulers, GradScaler, closures, memory formats, skipped and non-finite gradients.
+
+"The same" always means the same bits of parameters and state: MicroAdam is chaotic, so close trajectories say nothing.
+"""
+
+import copy
+import pickle
+import warnings
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from microadam_dist import ConfigError, MicroAdam, MicroAdamError, UnsupportedLayoutError
+from microadam_dist.checkpoint.format import read_layouts
+
+from .training import bits, gradient, make_params, params_of, snapshot, steps_of, train
+
+SHAPES = [(40, 136), (32, 16, 3, 3), (136,), (4, 8)]  # two on the Top-K path, two on the dense path
+
+
+# ---------------------------------------------------------------- schedulers
+
+
+def as_tensor(lr: float) -> Tensor:
+    return torch.tensor(lr, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("lr_type", [float, as_tensor])
+def test_lambda_lr_is_setting_lr_by_hand(lr_type: Callable[[float], Any]) -> None:
+    scheduled = MicroAdam(make_params(SHAPES), lr=lr_type(0.5), weight_decay=0.01)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(scheduled, lambda epoch: 0.75**epoch)
+    by_hand = MicroAdam(make_params(SHAPES), weight_decay=0.01)
+    constant = MicroAdam(make_params(SHAPES), lr=0.5, weight_decay=0.01)
+    for seed in range(6):
+        train(scheduled, [seed])
+        scheduler.step()
+        by_hand.param_groups[0]["lr"] = 0.5 * 0.75**seed
+        train(by_hand, [seed])
+        train(constant, [seed])
+    assert snapshot(scheduled) == snapshot(by_hand) != snapshot(constant)
+
+
+def test_one_cycle_lr_cycles_lr_and_beta1() -> None:
+    scheduled, by_hand = MicroAdam(make_params(SHAPES), betas=(0.5, 0.99)), MicroAdam(make_params(SHAPES))
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(scheduled, max_lr=0.1, total_steps=8)
+    seen = set()
+    for seed in range(8):
+        by_hand.param_groups[0] |= {"lr": scheduled.param_groups[0]["lr"], "betas": scheduled.param_groups[0]["betas"]}
+        seen.add(scheduled.param_groups[0]["betas"])
+        train(scheduled, [seed])
+        train(by_hand, [seed])
+        if seed < 7:
+            scheduler.step()
+    assert snapshot(scheduled) == snapshot(by_hand)
+    assert len(seen) > 4
+    assert {beta2 for _, beta2 in seen} == {0.99}
+
+
+def test_tensor_lr_is_read_at_every_step() -> None:
+    lr = torch.tensor(0.25)
+    first, second = MicroAdam(make_params(SHAPES), lr=lr), MicroAdam(make_params(SHAPES), lr=0.25)
+    train(first, range(3))
+    train(second, range(3))
+    assert snapshot(first) == snapshot(second)
+    lr.fill_(0.125)
+    second.param_groups[0]["lr"] = 0.125
+    train(first, [3])
+    train(second, [3])
+    assert snapshot(first) == snapshot(second)
+
+
+# ---------------------------------------------------------------- GradScaler
+
+
+def scaled_step(scaler: torch.amp.GradScaler, optimizer: Optimizer, seed: int, *, unscale: bool = False) -> None:
+    """A backward pass whose unscaled gradients are those of `train`."""
+    optimizer.zero_grad()
+    loss = sum((p * gradient(p, seed, index)).sum() for index, p in enumerate(params_of(optimizer)))
+    scaler.scale(loss).backward()
+    if unscale:
+        scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+
+
+@pytest.mark.parametrize("unscale", [False, True])
+def test_scaled_gradients_give_the_bits_of_unscaled_ones(unscale: bool) -> None:
+    scaled, plain = MicroAdam(make_params(SHAPES)), MicroAdam(make_params(SHAPES))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=2)
+    for seed in range(6):
+        scaled_step(scaler, scaled, seed, unscale=unscale)
+    train(plain, range(6))
+    assert scaler.get_scale() == 2.0**15
+    assert snapshot(scaled) == snapshot(plain)
+
+
+@pytest.mark.parametrize("num_before", [0, 3])
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_overflow_skips_the_whole_step(num_before: int, value: float) -> None:
+    optimizer = MicroAdam(make_params(SHAPES))
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for seed in range(num_before):
+        scaled_step(scaler, optimizer, seed)
+    before = snapshot(optimizer)
+
+    for p in params_of(optimizer):
+        p.grad = torch.ones_like(p)
+    params_of(optimizer)[2].grad[7] = value
+    scaler.scale(torch.zeros(()))
+    scaler.step(optimizer)
+    scaler.update()
+
+    assert scaler.get_scale() == 4.0
+    assert snapshot(optimizer) == before
+    assert bool(optimizer.state) == bool(num_before)
+    assert optimizer.num_nonfinite_blocks == 0
+
+
+def test_scaler_step_without_any_gradient_does_nothing() -> None:
+    """GradScaler hands over a plain 0 as ``found_inf`` then; torch's fused AdamW takes it."""
+    optimizer = MicroAdam(make_params(SHAPES))
+    before = snapshot(optimizer)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.zeros(()))
+    scaler.step(optimizer)
+    assert snapshot(optimizer) == before
+
+
+# ---------------------------------------------------------------- closures and gradients
+
+
+def test_closure_is_evaluated_with_gradients_and_its_loss_returned() -> None:
+    optimizer, plain = MicroAdam(make_params(SHAPES)), MicroAdam(make_params(SHAPES))
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = sum((p * gradient(p, 0, index)).sum() for index, p in enumerate(params_of(optimizer)))
+        loss.backward()
+        return loss
+
+    expected = sum((p * gradient(p, 0, index)).sum() for index, p in enumerate(params_of(optimizer)))
+    with torch.no_grad():
+        assert torch.equal(optimizer.step(closure), expected)
+    train(plain, [0])
+    assert snapshot(optimizer) == snapshot(plain)
+    assert optimizer.step() is None
+
+
+CONV, MATRIX = (32, 16, 3, 3), (40, 136)
+MEMORY_FORMATS = {
+    "transposed": (MATRIX, lambda t: t.t().contiguous().t()),
+    "every second column": (MATRIX, lambda t: t.repeat_interleave(2, dim=1)[:, ::2]),
+    "inside a larger tensor": (MATRIX, lambda t: torch.cat([t, t])[40:]),
+    "channels last": (CONV, lambda t: t.contiguous(memory_format=torch.channels_last)),
+    "dense path, strided": ((200,), lambda t: torch.stack([t, t], dim=1)[:, 0]),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("where", ["parameter", "gradient", "both"])
+@pytest.mark.parametrize("name", MEMORY_FORMATS)
+def test_memory_format_changes_no_bit(name: str, where: str, dtype: torch.dtype) -> None:
+    shape, strided = MEMORY_FORMATS[name]
+    [contiguous] = make_params([shape], dtype)
+    param = nn.Parameter(strided(contiguous.detach()) if where != "gradient" else contiguous.detach().clone())
+    stride, address = param.stride(), param.data_ptr()
+    optimizer, plain = MicroAdam([param], weight_decay=0.1), MicroAdam([contiguous], weight_decay=0.1)
+    for seed in range(12):
+        grad = gradient(param, seed)
+        param.grad = strided(grad) if where != "parameter" else grad
+        optimizer.step()
+    train(plain, range(12))
+    assert (param.stride(), param.data_ptr()) == (stride, address)
+    assert snapshot(optimizer) == snapshot(plain)
+
+
+@pytest.mark.parametrize("name", MEMORY_FORMATS)
+def test_gradient_is_not_touched(name: str) -> None:
+    shape, strided = MEMORY_FORMATS[name]
+    [param] = make_params([shape])
+    optimizer = MicroAdam([param], lr=0.1, weight_decay=0.1)
+    for seed in range(3):
+        grad = param.grad = strided(gradient(param, seed))
+        before, version = bits(grad), grad._version
+        optimizer.step()
+        assert param.grad is grad
+        assert (bits(grad), grad._version) == (before, version)
+
+
+def test_sparse_gradient_is_refused_before_anything_changes() -> None:
+    dense, embedding = nn.Linear(128, 64), nn.Embedding(64, 128, sparse=True)
+    optimizer = MicroAdam([*dense.parameters(), *embedding.parameters()])
+    before = snapshot(optimizer)
+    dense(embedding(torch.arange(5))).sum().backward()
+    with pytest.raises(UnsupportedLayoutError, match=r"\(64, 128\) has a sparse gradient"):
+        optimizer.step()
+    assert snapshot(optimizer) == before
+    assert not optimizer.state
+
+
+# ---------------------------------------------------------------- the first step
+
+
+def zero_gradients(optimizer: Optimizer) -> None:
+    for p in params_of(optimizer):
+        p.grad = torch.zeros_like(p)
+
+
+@pytest.mark.parametrize("num_calls", [0, 1])
+def test_first_call_with_zero_gradients_only_allocates(num_calls: int) -> None:
+    optimizer, plain = (MicroAdam(make_params(SHAPES), lr=0.1, weight_decay=0.5) for _ in range(2))
+    zero_gradients(optimizer)
+    weights = [bits(p) for p in params_of(optimizer)]
+    for _ in range(num_calls):
+        optimizer.step()
+        assert all(optimizer.state[p].keys() > {"step"} for p in params_of(optimizer))
+        assert not any(t.any() for p in params_of(optimizer) for t in optimizer.state[p].values())
+        assert [bits(p) for p in params_of(optimizer)] == weights
+    train(optimizer, range(4))
+    train(plain, range(4))
+    assert snapshot(optimizer) == snapshot(plain)
+
+
+def test_second_call_with_zero_gradients_counts() -> None:
+    optimizer = MicroAdam(make_params(SHAPES))
+    zero_gradients(optimizer)
+    optimizer.step()
+    optimizer.step()
+    assert steps_of(optimizer) == [1] * len(SHAPES)
+
+
+def test_zero_gradient_after_a_real_step_counts() -> None:
+    optimizer = MicroAdam(make_params(SHAPES))
+    train(optimizer, [0])
+    zero_gradients(optimizer)
+    optimizer.step()
+    assert steps_of(optimizer) == [2] * len(SHAPES)
+
+
+@pytest.mark.parametrize("nonzero", range(len(SHAPES)))
+def test_zero_gradient_of_some_parameters_counts(nonzero: int) -> None:
+    """An embedding shard whose rows saw no token must not fall behind the other ranks."""
+    optimizer = MicroAdam([{"params": [p]} for p in make_params(SHAPES)], lr=0.25, weight_decay=0.5)
+    zero_gradients(optimizer)
+    params = params_of(optimizer)
+    before = [p.detach().clone() for p in params]
+    params[nonzero].grad.view(-1)[-1] = 1e-30
+    optimizer.step()
+    assert steps_of(optimizer) == [1] * len(SHAPES)
+    for index, (p, old) in enumerate(zip(params, before, strict=True)):
+        if index != nonzero:
+            assert torch.equal(p, old * 0.875)
+
+
+def test_call_without_any_gradient_does_nothing() -> None:
+    optimizer = MicroAdam(make_params(SHAPES))
+    before = snapshot(optimizer)
+    optimizer.step()
+    assert snapshot(optimizer) == before
+    assert not optimizer.state
+
+
+# ---------------------------------------------------------------- non-finite gradients
+
+NOT_FINITE = [torch.nan, torch.inf, -torch.inf, 2.0**60, -(2.0**61), 2.0**60 - 2.0**51]  # the last rounds up in bf16
+BLOCK_ROWS, BLOCK_NUMEL, NUM_KEPT = 9, 512, 6  # one block a row: 512 elements, 6 kept
+
+
+def one_block_a_row(window_size: int) -> MicroAdam:
+    return MicroAdam(make_params([(BLOCK_ROWS, BLOCK_NUMEL)]), weight_decay=0.1, window_size=window_size)
+
+
+def empty_the_slot(optimizer: MicroAdam, row: int, before: MicroAdam) -> None:
+    """Make the last step of the block in ``row`` one that was skipped, by the definition in algorithm.md."""
+    [p], [old] = params_of(optimizer), params_of(before)
+    window_size = optimizer.param_groups[0]["window_size"]
+    p.data[row] = old.data[row]
+    for name in ("codes", "bucket_lo", "bucket_hi"):
+        optimizer.state[p][name].view(BLOCK_ROWS, -1)[row] = before.state[old][name].view(BLOCK_ROWS, -1)[row]
+    if window_size > 1:
+        slot = (int(optimizer.state[p]["step"]) - 1) % window_size
+        window = (BLOCK_ROWS, window_size, NUM_KEPT)
+        optimizer.state[p]["values"].view(window)[row, slot] = 0
+        optimizer.state[p]["indices"].view(torch.int16).view(window)[row, slot] = torch.arange(NUM_KEPT).short()
+
+
+@pytest.mark.filterwarnings("ignore:MicroAdam skipped")
+@pytest.mark.parametrize("window_size", [1, 3])
+@pytest.mark.parametrize("value", NOT_FINITE)
+def test_nonfinite_block_is_skipped_alone(value: float, window_size: int) -> None:
+    optimizer, twin = one_block_a_row(window_size), one_block_a_row(window_size)
+    train(optimizer, range(4))
+    train(twin, range(4))
+    before = copy.deepcopy(twin)
+
+    [p] = params_of(optimizer)
+    p.grad = gradient(p, 4)
+    p.grad[5, 77] = value
+    optimizer.step()
+    train(twin, [4])
+    empty_the_slot(twin, row=5, before=before)
+    assert optimizer.num_nonfinite_blocks == 1
+    assert snapshot(optimizer) == snapshot(twin)
+
+    for seed in range(5, 12):  # the block's slot leaves the window again
+        train(optimizer, [seed])
+        train(twin, [seed])
+        assert snapshot(optimizer) == snapshot(twin)
+    assert optimizer.num_nonfinite_blocks == 1
+    assert bool(p.isfinite().all())
+
+
+def test_largest_finite_magnitude_is_a_step_like_any_other() -> None:
+    optimizer = one_block_a_row(3)
+    [p] = params_of(optimizer)
+    p.grad = gradient(p, 0)
+    p.grad[5, 77] = 2.0**60 - 2.0**52
+    optimizer.step()
+    train(optimizer, range(1, 5))
+    assert optimizer.num_nonfinite_blocks == 0
+    assert bool(p.isfinite().all())
+
+
+@pytest.mark.filterwarnings("ignore:MicroAdam skipped")
+@pytest.mark.parametrize("value", NOT_FINITE)
+def test_nonfinite_element_is_skipped_alone_on_the_dense_path(value: float) -> None:
+    optimizer, twin = MicroAdam(make_params([(100,)])), MicroAdam(make_params([(100,)]))
+    train(optimizer, range(3))
+    train(twin, range(3))
+    [p], [q] = params_of(optimizer), params_of(twin)
+    old = {
+        "param": q.detach()[7].clone(),
+        **{name: t[7].clone() for name, t in twin.state[q].items() if name != "step"},
+    }
+    p.grad = gradient(p, 3)
+    p.grad[7] = value
+    optimizer.step()
+    train(twin, [3])
+    q.data[7] = old.pop("param")
+    for name, element in old.items():
+        twin.state[q][name][7] = element
+    assert optimizer.num_nonfinite_blocks == 1
+    assert snapshot(optimizer) == snapshot(twin)
+
+
+def test_nonfinite_blocks_are_counted_and_warned_about_once() -> None:
+    optimizer = one_block_a_row(3)
+    [p] = params_of(optimizer)
+    p.grad = gradient(p, 0)
+    p.grad[0, 3] = p.grad[0, 4] = p.grad[8, 0] = torch.nan
+    with pytest.warns(UserWarning, match="skipped 2 blocks .* optimizer.num_nonfinite_blocks") as record:
+        optimizer.step()
+    assert len(record) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+        train(optimizer, [1])
+    assert optimizer.num_nonfinite_blocks == 4
+    assert steps_of(optimizer) == [3]
+
+
+# ---------------------------------------------------------------- the dense path
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("shape", [(1000,), (50, 63), ()])
+def test_dense_path_is_adamw(shape: tuple[int, ...], weight_decay: float) -> None:
+    """Within 1e-6 of every weight; weights of 1 to 2 stay away from zero, where relative error means nothing."""
+    start = torch.rand(shape, generator=torch.Generator().manual_seed(1)) + 1
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    options = {"lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": weight_decay}
+    optimizer, adamw = MicroAdam([ours], **options), torch.optim.AdamW([theirs], **options)
+    for seed in range(50):
+        train(optimizer, [seed])
+        train(adamw, [seed])
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+    assert not torch.equal(ours, start)
+
+
+# ---------------------------------------------------------------- groups and parameters
+
+
+def test_groups_are_as_independent_as_optimizers() -> None:
+    own = [
+        {"lr": 0.1, "density": 0.05, "window_size": 2},
+        {"weight_decay": 0.2, "block_size": 128, "bucket_size": 16},
+        {"betas": (0.5, 0.9), "eps": 1e-4},
+        {"window_size": 1},
+    ]
+    together = MicroAdam([{"params": [p], **o} for p, o in zip(make_params(SHAPES), own, strict=True)])
+    apart = [MicroAdam([p], **o) for p, o in zip(make_params(SHAPES), own, strict=True)]
+    for seed in range(6):
+        train(together, [seed])
+        for index, optimizer in enumerate(apart):
+            [p] = params_of(optimizer)
+            p.grad = gradient(p, seed, index)
+            optimizer.step()
+    assert snapshot(together) == [entry for optimizer in apart for entry in snapshot(optimizer)]
+
+
+def test_parameter_without_gradient_keeps_its_own_step() -> None:
+    optimizer = MicroAdam(make_params(SHAPES), weight_decay=0.1, window_size=3)
+    alone = [MicroAdam([p], weight_decay=0.1, window_size=3) for p in make_params(SHAPES)]
+    for seed in range(8):
+        for index, p in enumerate(params_of(optimizer)):
+            p.grad = gradient(p, seed, index) if (seed + 1) % (index + 1) == 0 else None
+            if p.grad is not None:
+                [twin] = params_of(alone[index])
+                twin.grad = p.grad.clone()
+                alone[index].step()
+        optimizer.step()
+    assert steps_of(optimizer) == [8, 4, 2, 2]
+    assert snapshot(optimizer) == [entry for single in alone for entry in snapshot(single)]
+
+
+def test_frozen_parameter_has_no_state_until_it_is_thawed() -> None:
+    frozen, trained = make_params(SHAPES[:2])
+    frozen.requires_grad_(False)
+    optimizer = MicroAdam([frozen, trained])
+    start = bits(frozen)
+    for seed in range(3):
+        trained.grad = gradient(trained, seed)
+        optimizer.step()
+    assert bits(frozen) == start
+    assert frozen not in optimizer.state
+    frozen.requires_grad_(True)
+    train(optimizer, [3])
+    assert steps_of(optimizer) == [1, 4]
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 128), (128, 0)])
+def test_empty_parameter(shape: tuple[int, ...]) -> None:
+    with_empty, without = MicroAdam(make_params([shape, *SHAPES])), MicroAdam(make_params(SHAPES))
+    for seed in range(3):
+        for first, optimizer in ((1, with_empty), (0, without)):
+            for index, p in enumerate(params_of(optimizer)[first:]):
+                p.grad = gradient(p, seed, index)
+        params_of(with_empty)[0].grad = torch.empty(shape)
+        with_empty.step()
+        without.step()
+    assert snapshot(with_empty)[1:] == snapshot(without)
+    assert steps_of(with_empty)[0] == 3
+
+
+def test_named_parameters_step_like_unnamed_ones() -> None:
+    named = MicroAdam([(f"layer{i}", p) for i, p in enumerate(make_params(SHAPES))])
+    unnamed = MicroAdam(make_params(SHAPES))
+    train(named, range(3))
+    train(unnamed, range(3))
+    assert snapshot(named) == snapshot(unnamed)
+    assert named.state_dict()["param_groups"][0]["param_names"] == ["layer0", "layer1", "layer2", "layer3"]
+    layouts = read_layouts(named.state_dict()["microadam"])
+    assert [layouts[index].spans[0].fqn for index in range(4)] == ["layer0", "layer1", "layer2", "layer3"]
+
+
+def test_unnamed_parameters_are_named_by_their_position_over_all_groups() -> None:
+    *first, last = make_params(SHAPES)
+    optimizer = MicroAdam([{"params": first[:2]}, {"params": first[2:]}])
+    optimizer.add_param_group({"params": [last]})
+    train(optimizer, [0])
+    layouts = read_layouts(optimizer.state_dict()["microadam"])
+    assert [layouts[index].spans[0].fqn for index in range(4)] == ["0", "1", "2", "3"]
+
+
+def test_group_added_later_starts_at_its_own_first_step() -> None:
+    [early, late] = make_params(SHAPES[:2])
+    optimizer, alone = MicroAdam([early]), MicroAdam(make_params(SHAPES[:2])[1:], lr=0.5)
+    train(optimizer, range(3))
+    optimizer.add_param_group({"params": [late], "lr": 0.5})
+    for seed in range(3):
+        train(optimizer, [seed])
+        [p] = params_of(alone)
+        p.grad = gradient(p, seed, index=1)
+        alone.step()
+    assert steps_of(optimizer) == [6, 3]
+    assert snapshot(optimizer)[1:] == snapshot(alone)
+
+
+def test_tensor_that_is_not_in_the_model_is_refused() -> None:
+    optimizer = MicroAdam(make_params(SHAPES))
+    train(optimizer, [0])
+    before = snapshot(optimizer)
+    stranger = make_params([(64, 64)])[0]
+    stranger.grad = torch.ones_like(stranger)
+    optimizer.param_groups[0]["params"].append(stranger)
+    with pytest.raises(UnsupportedLayoutError, match=r"\(64, 64\) at position 4"):
+        optimizer.step()
+    assert snapshot(optimizer)[:-1] == before
+
+
+def test_parameter_that_changed_its_shape_is_refused() -> None:
+    """Its state describes the old shape; a kernel would read and write past the end."""
+    optimizer = MicroAdam(make_params([(40, 136)]), backend="reference")
+    train(optimizer, [0])
+    [p] = params_of(optimizer)
+    for rows in (32, 80):
+        p.grad = None
+        p.data = torch.ones(rows, 136)
+        before = snapshot(optimizer)
+        with pytest.raises(MicroAdamError, match=rf"\({rows}, 136\)"):
+            train(optimizer, [1])
+        assert snapshot(optimizer) == before
+
+
+@pytest.mark.parametrize("reset", [lambda o: o.state.clear(), lambda o: setattr(o, "state", defaultdict(dict))])
+def test_cleared_state_is_a_fresh_start(reset: Callable[[MicroAdam], None]) -> None:
+    optimizer = MicroAdam(make_params(SHAPES))
+    train(optimizer, range(3))
+    fresh = MicroAdam([nn.Parameter(p.detach().clone()) for p in params_of(optimizer)])
+    reset(optimizer)
+    train(optimizer, range(3))
+    train(fresh, range(3))
+    assert snapshot(optimizer) == snapshot(fresh)
+
+
+def test_state_bytes_is_what_was_allocated() -> None:
+    optimizer = MicroAdam(make_params(SHAPES))
+    assert optimizer.state_bytes() == (0, 0, 0, 0)
+    train(optimizer, [0])
+    tensors = [(name, t) for p in params_of(optimizer) for name, t in optimizer.state[p].items() if name != "step"]
+    dense = sum(t.nbytes for name, t in tensors if name.startswith("exp_"))
+    total = sum(t.nbytes for _, t in tensors)
+    assert optimizer.state_bytes() == (40 * 136 + 32 * 144, total - dense, 136 + 32, dense)
+    assert dense == 8 * (136 + 32)
+
+
+# ---------------------------------------------------------------- copies
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda x: pickle.loads(pickle.dumps(x)),
+}
+
+
+@pytest.mark.parametrize("num_before", [0, 5])
+@pytest.mark.parametrize("how", COPIES)
+def test_copy_continues_bit_for_bit_and_on_its_own(how: str, num_before: int) -> None:
+    original, untouched = MicroAdam(make_params(SHAPES), window_size=3), MicroAdam(make_params(SHAPES), window_size=3)
+    train(original, range(num_before))
+    train(untouched, range(num_before))
+    copied = COPIES[how](original)
+    train(copied, range(5, 12))
+    assert snapshot(original) == snapshot(untouched)
+    train(original, range(5, 12))
+    assert snapshot(copied) == snapshot(original)
+    assert copied.num_nonfinite_blocks == original.num_nonfinite_blocks
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_copy_of_model_and_optimizer_stay_together(how: str) -> None:
+    model = nn.Sequential(nn.Linear(128, 64), nn.Linear(64, 64))
+    optimizer = MicroAdam(model.named_parameters(), lr=0.1)
+    train(optimizer, [0])
+    model_copy, optimizer_copy = COPIES[how]((model, optimizer))
+    train(optimizer, [1])
+    train(optimizer_copy, [1])
+    assert [bits(p) for p in model_copy.parameters()] == [bits(p) for p in model.parameters()]
+    optimizer_copy.add_param_group({"params": [("extra", make_params([(64, 64)])[0])]})
+    train(optimizer_copy, [2])
+
+
+def test_setting_that_became_invalid_changes_nothing() -> None:
+    optimizer = MicroAdam([{"params": [p]} for p in make_params(SHAPES)])
+    train(optimizer, range(2))
+    before = snapshot(optimizer)
+    optimizer.param_groups[-1]["lr"] = torch.nan
+    with pytest.raises(ConfigError, match="lr=nan"):
+        train(optimizer, [2])
+    assert snapshot(optimizer) == before
