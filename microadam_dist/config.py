@@ -98,6 +98,9 @@ class MicroAdamConfig:
 
 SETTING_NAMES = tuple(field.name for field in dataclasses.fields(MicroAdamConfig))
 
+# Arguments of `MicroAdam` that hold for all its groups.
+OPTIMIZER_SETTING_NAMES = ("backend", "sparse_allgather")
+
 # The settings that decide shapes of state tensors; they cannot change once state exists.
 STRUCTURAL_SETTINGS = ("window_size", "density", "block_size", "bucket_size", "ef_bits")
 
@@ -116,14 +119,22 @@ def reject_unknown_settings(names: Iterable[str], *, misspelled_only: bool = Fal
     for name in names:
         if name in SETTING_NAMES:
             continue
-        meant = _ORIGINAL_NAMES.get(name)
-        if meant is None:
-            close = difflib.get_close_matches(name, SETTING_NAMES, n=1, cutoff=0.8)
-            meant = close[0] if close else None
+        if name in OPTIMIZER_SETTING_NAMES:
+            raise ConfigError(
+                f"{name!r} is a setting of the whole optimizer; give it to MicroAdam, not to a param group."
+            )
+        meant = _ORIGINAL_NAMES.get(name) or _nearest_setting(str(name))
         if meant is None and misspelled_only:
             continue
-        hint = f"did you mean {meant!r}?" if meant else f"the settings are {', '.join(SETTING_NAMES)} and backend."
+        everything = ", ".join((*SETTING_NAMES, *OPTIMIZER_SETTING_NAMES))
+        hint = f"did you mean {meant!r}?" if meant else f"the settings are {everything}."
         raise ConfigError(f"unknown setting {name!r}: {hint}")
+
+
+def _nearest_setting(name: str) -> str | None:
+    """The setting that was probably meant; tags of users such as "no_weight_decay" or "lrs" are none."""
+    close = difflib.get_close_matches(name, SETTING_NAMES, n=1, cutoff=0.8)
+    return close[0] if close and len(name) >= 4 and abs(len(name) - len(close[0])) <= 2 else None
 
 
 def _as_float(name: str, value: Any) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,11 +15,12 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from .backends.base import TensorStep, select_backend
 from .checkpoint.format import LAYOUT_KEY, describe_layouts, read_layouts
-from .config import STRUCTURAL_SETTINGS, MicroAdamConfig, reject_unknown_settings
+from .checkpoint.match import match_groups, match_names, match_spans, match_tensors, state_dict_parts
+from .config import SETTING_NAMES, STRUCTURAL_SETTINGS, MicroAdamConfig, reject_unknown_settings
 from .engines.base import NamedParameter, Shard, Slot, any_rank, engines, find_shard, process_rank
-from .errors import CheckpointMismatchError, ConfigError
+from .errors import ConfigError, UnsupportedLayoutError
 from .layout import DENSE_TENSORS, StateLayout
-from .state import allocate_state, flatten_state, shape_state, state_specs
+from .state import allocate_state, flatten_state, shape_state
 
 _PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -104,7 +106,7 @@ class MicroAdam(Optimizer):
             "bucket_size": bucket_size,
             "ef_bits": ef_bits,
         }
-        MicroAdamConfig.from_dict(defaults)
+        defaults = _with_numbers(defaults, MicroAdamConfig.from_dict(defaults))
         if not isinstance(sparse_allgather, bool):
             raise ConfigError(f"sparse_allgather={sparse_allgather!r}: expected true or false.")
         self.sparse_allgather = sparse_allgather
@@ -127,7 +129,7 @@ class MicroAdam(Optimizer):
         keys = [key for key in param_group if key not in ("params", "param_names")]
         reject_unknown_settings(keys, misspelled_only=True)
         config = MicroAdamConfig.from_dict({**self.defaults, **param_group})
-        super().add_param_group(param_group)
+        super().add_param_group(_with_numbers(param_group, config))
         group = self.param_groups[-1]
         first = sum(len(members) for members in self._constructed)
         names = group.get("param_names") or [str(first + i) for i in range(len(group["params"]))]
@@ -174,7 +176,7 @@ class MicroAdam(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient; the gradients are read, never overwritten.
 
-        The very first call with nothing but zero gradients only allocates the state: DeepSpeed and
+        The very first call with nothing but zero gradients only allocates the state: DeepSpeed (stage 0) and
         `torch.distributed.checkpoint` make such a call to see the state, and it must not count as a step.
 
         Args:
@@ -191,19 +193,18 @@ class MicroAdam(Optimizer):
 
         found_inf: Tensor | None = getattr(self, "found_inf", None)  # both are set by GradScaler for this call only
         loss_scale: Tensor | None = getattr(self, "grad_scale", None)
-        if found_inf is not None and found_inf.item():
+        if found_inf is not None and float(found_inf):  # a plain 0 when no parameter has a gradient
             return loss
-        grad_scale = 1.0 if loss_scale is None else 1.0 / loss_scale.item()
+        grad_scale = 1.0 if loss_scale is None else 1.0 / float(loss_scale)
 
         groups = [
             (MicroAdamConfig.from_dict(group), [p for p in group["params"] if p.grad is not None])
             for group in self.param_groups
         ]
         tensors = [p for _, members in groups for p in members]
-        is_first_call = not self._layouts
-        grads = self._create_missing_state(tensors)
-        if is_first_call and not any_rank(any(bool(grad.any()) for grad in grads), [self._shards[p] for p in tensors]):
+        if self._prepare(tensors) and self._is_probe(tensors):
             return loss
+        self._require_unchanged(groups)
 
         num_skipped = 0
         for config, members in groups:
@@ -226,7 +227,8 @@ class MicroAdam(Optimizer):
             ConfigError: As `step`.
         """
         config = MicroAdamConfig.from_dict(self.param_groups[group_index])
-        self._create_missing_state([param])
+        self._prepare([param])
+        self._require_unchanged([(config, [param])])
         self._count_nonfinite(self._step_group([param], config, grad_scale=1.0))
 
     def _step_group(self, members: Sequence[Tensor], config: MicroAdamConfig, grad_scale: float) -> int:
@@ -255,7 +257,7 @@ class MicroAdam(Optimizer):
                 f"MicroAdam skipped {num_blocks} blocks whose gradient or error feedback is not finite (NaN, Inf or "
                 "above 2**60); their weights and state are unchanged. Further ones are only counted, in "
                 "optimizer.num_nonfinite_blocks. If they keep coming, check the loss or clip the gradients.",
-                stacklevel=3,
+                stacklevel=5,  # past torch's wrappers of step(), to the training loop
             )
         self._num_nonfinite_blocks += num_blocks
 
@@ -277,15 +279,43 @@ class MicroAdam(Optimizer):
                     layouts[tensor] = StateLayout(self._shards[tensor].spans, config)
         return layouts
 
-    def _create_missing_state(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Make state where there is none, unless something is not supported; returns the local gradients."""
+    def _prepare(self, tensors: Sequence[Tensor]) -> bool:
+        """Make state where there is none, unless something is not supported; returns whether there was none at all."""
+        self._layouts = {p: layout for p, layout in self._layouts.items() if self.state.get(p)}  # it may be cleared
+        is_first_call = not self._layouts
         layouts = self._find_layouts(tensors)
-        grads = [self._shards[p].grad for p in tensors]
+        for p in tensors:
+            _ = self._shards[p].grad  # raises if it cannot be used
         for p, layout in layouts.items():
             self._backend.check(layout.config, p.device)
         for p, layout in layouts.items():
             self._set_state(p, layout, {"step": torch.zeros((), dtype=torch.int64), **allocate_state(layout, p.device)})
-        return grads
+        return is_first_call
+
+    def _is_probe(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether a first call is made only to see the state: all gradients are zero, on all ranks that must agree."""
+        shards = [self._shards[p] for p in tensors]
+        if not all(shard.may_be_probed for shard in shards):
+            return False
+        return not any_rank(any(bool(shard.grad.any()) for shard in shards), shards)
+
+    def _require_unchanged(self, groups: Iterable[tuple[MicroAdamConfig, Sequence[Tensor]]]) -> None:
+        """State is laid out for the settings and the shape it was made for."""
+        for config, members in groups:
+            for p in members:
+                shard, made_for = self._shards[p], self._layouts[p].config
+                for name in STRUCTURAL_SETTINGS:
+                    if getattr(config, name) != getattr(made_for, name):
+                        raise ConfigError(
+                            f"{name}={getattr(config, name)!r}: the state of parameter {shard.name!r} was made with "
+                            f"{getattr(made_for, name)!r}. It cannot change once state exists; set it back, or "
+                            "construct a new optimizer."
+                        )
+                if tuple(shard.param.shape) != shard.local_shape:
+                    raise UnsupportedLayoutError(
+                        f"parameter {shard.name!r} has shape {tuple(shard.param.shape)} now, its state was made for "
+                        f"{shard.local_shape}. Construct a new optimizer after changing a parameter's shape."
+                    )
 
     def _set_state(self, p: Tensor, layout: StateLayout, state: Mapping[str, Tensor]) -> None:
         """Keep these flat state tensors and ``step`` as the state of ``p``."""
@@ -323,55 +353,46 @@ class MicroAdam(Optimizer):
         Raises:
             CheckpointMismatchError: The state does not fit. The optimizer is left as it was.
         """
-        groups, saved_state = state_dict["param_groups"], state_dict["state"]
-        tensors = self._match_groups(groups)
-        keys = list(chain.from_iterable(group["params"] for group in groups))
-        position = {key: index for index, key in enumerate(keys)}
-        loaded = {tensors[position[key]]: state for key, state in saved_state.items() if key in position}
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = pre_hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        groups, saved_state = state_dict_parts(state_dict)
+        match_groups(groups, self.param_groups)
+        tensors = list(chain.from_iterable(group["params"] for group in self.param_groups))
+        keys = chain.from_iterable(group["params"] for group in groups)
+        loaded = {p: saved_state[key] for p, key in zip(tensors, keys, strict=True) if key in saved_state}
 
         layouts = {**self._layouts, **self._find_layouts(loaded)}
-        if LAYOUT_KEY in state_dict:  # tools that pass on "state" and "param_groups" only drop it
-            saved_layouts = read_layouts(state_dict[LAYOUT_KEY])
-            for index, layout in saved_layouts.items():
-                if index < len(tensors) and tensors[index] in loaded:
-                    p = tensors[index]
-                    _match_spans(layout, replace(layouts[p], spans=self._shards[p].saved_spans), index)
-        for key, index in position.items():
-            if key in saved_state:
-                p = tensors[index]
-                describe = f"parameter {index} of shape {tuple(p.shape)}"
-                _match_state(saved_state[key], layouts[p], self._shards[p], describe)
+        # Tools that pass on "state" and "param_groups" only drop this entry.
+        saved_layouts = read_layouts(state_dict[LAYOUT_KEY]) if LAYOUT_KEY in state_dict else {}
+        for index, p in enumerate(tensors):
+            if p not in loaded:
+                continue
+            name = f"{self._shards[p].name} of shape {tuple(p.shape)}"
+            if index in saved_layouts:
+                match_spans(saved_layouts[index], replace(layouts[p], spans=self._shards[p].saved_spans), name)
+            match_names(loaded[p], layouts[p], name)
+            unwrap = self._shards[p].unwrap
+            local = {key: unwrap(x) if isinstance(x, Tensor) else x for key, x in loaded[p].items()}
+            match_tensors(local, layouts[p], name)
 
-        # The base class would cast every tensor to the parameter's dtype, which turns codes and indices into rubbish:
-        # it gets the groups alone.
-        super().load_state_dict({"state": {}, "param_groups": groups})
+        # The base class would cast every tensor to the parameter's dtype, which turns codes and indices into rubbish.
+        copies = {p: self._copy_state(p, layouts[p], state) for p, state in loaded.items()}
+        for group, saved in zip(self.param_groups, copy.deepcopy(groups), strict=True):
+            group.update({key: value for key, value in saved.items() if key not in ("params", "param_names")})
+        self.state.clear()
         self._layouts = {}
-        for p, state in loaded.items():
-            local = {name: self._shards[p].unwrap(state[name]) for name in layouts[p].tensors}
-            copies = {name: tensor.to(p.device, copy=True).contiguous().view(-1) for name, tensor in local.items()}
-            self._set_state(p, layouts[p], {"step": state["step"].to("cpu", copy=True), **copies})
+        for p, state in copies.items():
+            self._set_state(p, layouts[p], state)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
 
-    def _match_groups(self, groups: Sequence[Mapping[str, Any]]) -> list[Tensor]:
-        """The tensors of all groups in order, after a check that the saved groups have the same form and settings."""
-        saved_sizes = [len(group["params"]) for group in groups]
-        sizes = [len(group["params"]) for group in self.param_groups]
-        if saved_sizes != sizes:
-            raise CheckpointMismatchError(
-                f"the checkpoint has param groups of {saved_sizes} parameters, this optimizer of {sizes}. Build the "
-                "optimizer with the same groups as when the checkpoint was written."
-            )
-        for index, (saved, group) in enumerate(zip(groups, self.param_groups, strict=True)):
-            for name in STRUCTURAL_SETTINGS:
-                if name not in saved:
-                    raise CheckpointMismatchError(
-                        f"param group {index} of the checkpoint has no {name!r}: it was not written by MicroAdam."
-                    )
-                if saved[name] != group[name]:
-                    raise CheckpointMismatchError(
-                        f"param group {index} of the checkpoint has {name}={saved[name]}, this optimizer "
-                        f"{group[name]}. State cannot be converted; construct the optimizer with {name}={saved[name]}."
-                    )
-        return list(chain.from_iterable(group["params"] for group in self.param_groups))
+    def _copy_state(self, p: Tensor, layout: StateLayout, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's part of saved state tensors, flat, on the parameter's device, and ``step``."""
+        local = {name: self._shards[p].unwrap(saved[name]) for name in layout.tensors}
+        copies = {name: tensor.to(p.device, copy=True).contiguous().view(-1) for name, tensor in local.items()}
+        return {"step": saved["step"].to("cpu", copy=True), **copies}
 
     # ---------------------------------------------------------------- shards, for checkpoint adapters
 
@@ -411,35 +432,9 @@ class MicroAdam(Optimizer):
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
 
 
-def _match_state(state: Mapping[str, Any], layout: StateLayout, shard: Shard, describe: str) -> None:
-    """Refuse state whose tensors are not exactly those of the layout, distributed like the parameter."""
-    expected = {"step", *layout.tensors}
-    if set(state) != expected:
-        raise CheckpointMismatchError(
-            f"the checkpoint's state of {describe} has {sorted(state)}, expected {sorted(expected)}. "
-            "It was written by another optimizer or for a parameter of another shape."
-        )
-    specs = {name: (dtype, layout.shapes[name]) for name, (dtype, _) in state_specs(layout).items()}
-    for name, (dtype, shape) in {"step": (torch.int64, ()), **specs}.items():
-        got = shard.unwrap(state[name]) if isinstance(state[name], Tensor) else state[name]
-        if not isinstance(got, Tensor) or got.dtype != dtype or got.shape != shape:
-            found = f"{got.dtype} {tuple(got.shape)}" if isinstance(got, Tensor) else repr(got)
-            raise CheckpointMismatchError(
-                f"the checkpoint's {name!r} of {describe} is {found}, expected {dtype} {shape}. "
-                "It was written for another model, sharding or settings; resume with the same ones."
-            )
-
-
-def _match_spans(saved: StateLayout, layout: StateLayout, index: int) -> None:
-    """Refuse state of another shard of the parameter; names are not compared, they depend on how it was built."""
-    got, expected = (
-        [(span.global_shape, span.start, span.numel, span.offset) for span in side.spans] for side in (saved, layout)
-    )
-    if got != expected:
-        pairs = zip(got, expected, strict=False)
-        theirs, ours = next((pair for pair in pairs if pair[0] != pair[1]), (got, expected))
-        raise CheckpointMismatchError(
-            f"the checkpoint's state of parameter {index} describes another shard: (shape, start, length, offset) "
-            f"{theirs}, here {ours}. It was written with another number of ranks, another sharding or for another "
-            "model. Under DeepSpeed, microadam_dist.deepspeed.load_checkpoint loads it on any number of ranks."
-        )
+def _with_numbers(settings: Mapping[str, Any], config: MicroAdamConfig) -> dict[str, Any]:
+    """The settings as numbers: what came as a string or from NumPy cannot be scheduled, or compared in a checkpoint."""
+    return {
+        key: getattr(config, key) if key in SETTING_NAMES and not isinstance(value, Tensor) else value
+        for key, value in settings.items()
+    }

@@ -78,14 +78,6 @@ def block_views(
             tensor.storage_offset() + extent.start + rows.start * extent.row_stride,
         )
 
-    def window_view(tensor: Tensor) -> Tensor:
-        slots, kept = layout.config.window_size, run.kept
-        return tensor.as_strided(
-            (len(rows), run.cols, slots, run.num_kept),
-            (slots * kept.row_stride, slots * run.num_kept, run.num_kept, 1),
-            tensor.storage_offset() + slots * (kept.start + rows.start * kept.row_stride),
-        )
-
     has_error_feedback = layout.config.ef_bits > 0
     return BlockViews(
         param=view(param, run.elements),
@@ -93,6 +85,30 @@ def block_views(
         codes=view(state["codes"], run.codes) if has_error_feedback else None,
         bucket_lo=view(state["bucket_lo"], run.buckets) if has_error_feedback else None,
         bucket_hi=view(state["bucket_hi"], run.buckets) if has_error_feedback else None,
-        indices=window_view(state["indices"].view(torch.int16)) if layout.has_window else None,
-        values=window_view(state["values"]) if layout.has_window else None,
+        indices=_window_view(layout, run, state["indices"].view(torch.int16), rows) if layout.has_window else None,
+        values=_window_view(layout, run, state["values"], rows) if layout.has_window else None,
     )
+
+
+def _window_view(layout: StateLayout, run: BlockRun, tensor: Tensor, rows: range) -> Tensor:
+    """The part of a flat window tensor that belongs to the blocks in ``rows``: (rows, cols, window_size, num_kept)."""
+    slots, kept = layout.config.window_size, run.kept
+    return tensor.as_strided(
+        (len(rows), run.cols, slots, run.num_kept),
+        (slots * kept.row_stride, slots * run.num_kept, run.num_kept, 1),
+        tensor.storage_offset() + slots * (kept.start + rows.start * kept.row_stride),
+    )
+
+
+def indices_are_valid(layout: StateLayout, indices: Tensor) -> bool:
+    """Whether every stored index lies in its block; a kernel trusts them.
+
+    Args:
+        layout: A layout with a window.
+        indices: The flat ``indices`` tensor, uint8.
+    """
+    for run in layout.runs:
+        stored = _window_view(layout, run, indices.view(torch.int16), range(run.rows))
+        if stored.numel() and not 0 <= int(stored.min()) <= int(stored.max()) < run.numel:
+            return False
+    return True

@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
 import torch.distributed as dist
@@ -78,10 +78,20 @@ class Shard:
     Attributes:
         tensor: The tensor in the param groups.
         spans: The intervals of the model's parameters that lie in its local data.
+        local_shape: Shape of the local data when it was found.
     """
 
     tensor: Tensor
     spans: tuple[ShardSpan, ...]
+    local_shape: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "local_shape", tuple(self.param.shape))
+
+    @property
+    def name(self) -> str:
+        """The parameter, or the parameters, it holds; for messages."""
+        return ", ".join(span.fqn for span in self.spans)
 
     @property
     def param(self) -> Tensor:
@@ -107,6 +117,15 @@ class Shard:
     def has_final_grad(self) -> bool:
         """Whether a gradient is complete when the backward pass has accumulated it, with no reduction to follow."""
         return process_rank()[1] == 1
+
+    @property
+    def may_be_probed(self) -> bool:
+        """Whether a first step with zero gradients may be a probe for the state instead of a step of the training.
+
+        Not under ZeRO: DeepSpeed does not probe there, and a rank may hold nothing but rows of an embedding that saw
+        no token, while the other ranks have gradients and count the step.
+        """
+        return tuple(self.tensor.shape) == self.spans[0].global_shape if self.spans else False
 
     @property
     def saved_spans(self) -> tuple[ShardSpan, ...]:

@@ -24,7 +24,7 @@ from .base import NamedParameter, Shard, Slot
 
 def whitelist(optimizer_class: type) -> None:
     """Let ZeRO accept the class without ``zero_allow_untested_optimizer``; nothing happens without DeepSpeed."""
-    if "deepspeed" not in sys.modules:
+    if sys.modules.get("deepspeed") is None:
         return
     from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 

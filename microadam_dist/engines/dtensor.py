@@ -66,6 +66,11 @@ class DTensorShard(Shard):
         return True
 
     @property
+    def may_be_probed(self) -> bool:
+        """`torch.distributed.checkpoint` does; the ranks agree through `groups`."""
+        return True
+
+    @property
     def saved_spans(self) -> tuple[ShardSpan, ...]:
         """A DTensor describes the whole parameter."""
         (span,) = self.spans
