@@ -131,7 +131,7 @@ class ReleasedGradient(Tensor):
         released: ReleasedGradient = torch.Tensor._make_wrapper_subclass(
             cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device
         )
-        released.fqn = shard.spans[0].fqn
+        released.fqn = shard.name
         return released
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -170,7 +170,7 @@ def _require_same_parameters(model: nn.Module, optimizer: MicroAdam) -> None:
 def _require_final_grad(shard: Shard) -> None:
     if not shard.has_final_grad:
         raise UnsupportedLayoutError(
-            f"the gradient of parameter {shard.spans[0].fqn!r} cannot be released: it is a plain tensor, and several "
+            f"the gradient of parameter {shard.name!r} cannot be released: it is a plain tensor, and several "
             "ranks train together, so its gradient is still to be reduced (DDP, DeepSpeed, by hand) when the backward "
             "pass has accumulated it. Shard it with fully_shard (FSDP2), or use the normal step."
         )

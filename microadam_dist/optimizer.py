@@ -160,6 +160,8 @@ class MicroAdam(Optimizer):
         """State this rank holds now, as allocated (step counters not counted)."""
         totals = [0, 0, 0, 0]
         for tensor, layout in self._layouts.items():
+            if not self.state.get(tensor):
+                continue
             nbytes = {name: state.nbytes for name, state in self._local_state(tensor).items()}
             dense = sum(nbytes.get(name, 0) for name in DENSE_TENSORS)
             parts = (layout.sparse_numel, sum(nbytes.values()) - dense, layout.dense_numel, dense)
@@ -281,8 +283,10 @@ class MicroAdam(Optimizer):
 
     def _prepare(self, tensors: Sequence[Tensor]) -> bool:
         """Make state where there is none, unless something is not supported; returns whether there was none at all."""
-        self._layouts = {p: layout for p, layout in self._layouts.items() if self.state.get(p)}  # it may be cleared
-        is_first_call = not self._layouts
+        is_first_call = not any(self.state.get(p) for p in self._layouts)  # state may have been cleared
+        for p in tensors:
+            if not self.state.get(p):
+                self._layouts.pop(p, None)
         layouts = self._find_layouts(tensors)
         for p in tensors:
             _ = self._shards[p].grad  # raises if it cannot be used
@@ -342,7 +346,7 @@ class MicroAdam(Optimizer):
         """
         state_dict = super().state_dict()
         tensors = chain.from_iterable(group["params"] for group in self.param_groups)
-        layouts = {index: self._saved_layout(p) for index, p in enumerate(tensors) if p in self._layouts}
+        layouts = {index: self._saved_layout(p) for index, p in enumerate(tensors) if self.state.get(p)}
         state_dict[LAYOUT_KEY] = describe_layouts(layouts, *process_rank())
         return state_dict
 

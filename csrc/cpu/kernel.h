@@ -47,18 +47,22 @@ typedef float Moments __attribute__((vector_size(8), may_alias));
 
 // Buffers of one thread, each with kPad more elements than said.
 struct Scratch {
-  float* accumulator;        // (numel) accumulator, residual, then the weights in fp32
+  float* accumulator;    // (numel) accumulator, then residual, then the touched weights or their updates
+  Moments* moments;      // (numel) window sums by coordinate; all zero between blocks
+  uint16_t* indices;     // (num_kept) the newest slot
+  Bf16* values;          // (num_kept)
+  uint32_t* last_key;    // (1) where to start the search for the threshold; no influence on the result
+  float* bucket_lo;      // (num_buckets)
+  float* bucket_factor;  // (num_buckets) step_q when decoding, its inverse when encoding
+
+  // selection
   uint32_t* maxima;          // (numel / kGroup) largest magnitude of each group
   uint16_t* candidates;      // (numel) positions that may belong to the k largest, ascending
   uint32_t* candidate_bits;  // (numel) and the accumulator there
-  uint16_t* indices;         // (num_kept) the newest slot
-  Bf16* values;
-  Moments* moments;      // (numel) window sums; all zero between blocks
-  uint16_t* touched;     // (numel) the coordinates in the window
-  Moments* sums;         // (numel) and their window sums
-  uint32_t* last_key;    // where to start the search for the threshold; no influence on the result
-  float* bucket_lo;      // (num_buckets)
-  float* bucket_factor;  // (num_buckets) step_q when decoding, its inverse when encoding
+
+  // update of the weights; may overlap with what the selection needs
+  uint16_t* touched;  // (numel) the coordinates in the window, each once
+  Moments* sums;      // (numel) and their window sums
 };
 
 struct Kernel {

@@ -28,6 +28,12 @@ inline Floats load(const Fp16* from) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
 
+// See vector_loops.h.
+inline Floats load_first(const Bf16* from, int count) {
+  const __m256i bits = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1u), from);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
 inline void store_ints(uint32_t* to, Ints x) { _mm512_storeu_si512(to, x); }
 inline void store_shorts(uint16_t* to, Ints x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(x));

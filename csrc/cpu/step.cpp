@@ -82,6 +82,7 @@ class Carver {
   }
 
   size_t used() const { return used_; }
+  void go_to(size_t position) { used_ = position; }
 
  private:
   char* memory_;
@@ -91,17 +92,23 @@ class Carver {
 Scratch carve(const Call& call, Carver& carver) {
   Scratch s;
   s.accumulator = carver.take<float>(call.max_numel);
-  s.maxima = carver.take<uint32_t>(call.max_numel / kGroup);
-  s.candidates = carver.take<uint16_t>(call.max_numel);
-  s.candidate_bits = carver.take<uint32_t>(call.max_numel);
+  s.moments = carver.take<Moments>(call.max_numel);
   s.indices = carver.take<uint16_t>(call.max_kept);
   s.values = carver.take<Bf16>(call.max_kept);
-  s.moments = carver.take<Moments>(call.max_numel);
-  s.touched = carver.take<uint16_t>(call.max_numel);
-  s.sums = carver.take<Moments>(call.max_numel);
   s.last_key = carver.take<uint32_t>(1);
   s.bucket_lo = carver.take<float>(call.max_buckets);
   s.bucket_factor = carver.take<float>(call.max_buckets);
+
+  // The selection and the update of the weights share memory.
+  const size_t shared = carver.used();
+  s.maxima = carver.take<uint32_t>(call.max_numel / kGroup);
+  s.candidates = carver.take<uint16_t>(call.max_numel);
+  s.candidate_bits = carver.take<uint32_t>(call.max_numel);
+  const size_t end = carver.used();
+  carver.go_to(shared);
+  s.touched = carver.take<uint16_t>(call.max_numel);
+  s.sums = carver.take<Moments>(call.max_numel);
+  carver.go_to(std::max(end, carver.used()));
   return s;
 }
 

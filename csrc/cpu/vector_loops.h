@@ -28,7 +28,11 @@ template <class To, class From, class F>
 inline void transform(To* to, const From* from, int numel, const F& f) {
   int i = 0;
   for (; i + kLanes <= numel; i += kLanes) store(to + i, f(load(from + i)));
-  if (i < numel) store_first(to + i, numel - i, f(load_first(from + i, numel - i)));
+  for (; i < numel; ++i) {
+    float result[kLanes];
+    store(result, f(splat(to_float(from[i]))));
+    round_to(to + i, result[0]);
+  }
 }
 
 // Converts fp32, bf16 and fp16 into each other.

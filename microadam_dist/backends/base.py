@@ -86,18 +86,26 @@ def select_backend(name: str) -> Backend:
 
 
 class AutoBackend:
-    """Chooses by the settings and the device of each tensor; the parameters of a group may lie on several devices."""
+    """Chooses by the settings and the device of each tensor; the parameters of a group may lie on several devices.
+
+    Attributes:
+        unavailable: Name of each faster backend that cannot run here -> why, and what to do.
+    """
 
     name = "auto"
     _preferred = ("cpu",)  # fastest first; the reference backend runs what none of them can
 
     def __init__(self) -> None:
         self._backends = {"reference": select_backend("reference")}
+        self.unavailable: dict[str, str] = {}
         for name in self._preferred:
             try:
                 self._backends[name] = select_backend(name)
-            except BackendUnavailableError:
-                continue
+            except BackendUnavailableError as error:
+                self.unavailable[name] = str(error)
+
+    def __reduce__(self) -> tuple[type[AutoBackend], tuple[()]]:
+        return AutoBackend, ()  # where it is unpickled other backends may be available
 
     def choose(self, config: MicroAdamConfig, device: torch.device) -> Backend:
         """The fastest backend for these settings on this device."""

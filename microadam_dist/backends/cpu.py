@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import weakref
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
@@ -84,7 +85,6 @@ class _Runs:
     """The runs of one layout as the kernel reads them; they never change."""
 
     def __init__(self, layout: StateLayout) -> None:
-        self.layout = layout
         self.blocks = (_BlockRun * len(layout.runs))(*map(_block_run, layout.runs))
         self.dense = (_DenseRun * len(layout.dense_runs))(
             *(_DenseRun(run.start, run.numel, run.state_start) for run in layout.dense_runs)
@@ -108,7 +108,8 @@ class CpuBackend:
         num_threads: Instead of torch's own number of threads. The result does not depend on it.
 
     Raises:
-        BackendUnavailableError: The kernel is not installed, or not for this instruction set.
+        BackendUnavailableError: The kernel is not installed.
+        ConfigError: This machine or build does not have the instruction set asked for.
     """
 
     name = "cpu"
@@ -116,9 +117,9 @@ class CpuBackend:
     def __init__(self, isa: str | None = None, num_threads: int | None = None) -> None:
         self._library = load_library()
         self._requested = (isa, num_threads)
-        self.isa = _select_isa(self._library, isa or os.environ.get("MICROADAM_CPU_ISA"))
+        self.isa = _select_isa(isa or os.environ.get("MICROADAM_CPU_ISA"))
         self._num_threads = num_threads
-        self._runs: dict[int, _Runs] = {}  # by id of the layout, which _Runs keeps alive
+        self._runs: dict[int, _Runs] = {}  # by id of the layout, as long as it lives
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self._requested
@@ -144,6 +145,8 @@ class CpuBackend:
 
     def step(self, tensors: Sequence[TensorStep], config: MicroAdamConfig, grad_scale: float) -> int:
         """See `Backend.step`."""
+        for tensor in tensors[:1]:
+            self.check(config, tensor.param.device)
         scalars = {step: _scalars(step, config, grad_scale) for step in {tensor.step for tensor in tensors}}
         grads = [tensor.grad if tensor.grad.dtype in _DTYPES else tensor.grad.float() for tensor in tensors]
         table = (_Tensor * len(tensors))(
@@ -161,9 +164,7 @@ class CpuBackend:
         return int(num_skipped)
 
     def _row(self, tensor: TensorStep, grad: Tensor, scalars: _Scalars) -> _Tensor:
-        runs = self._runs.get(id(tensor.layout))
-        if runs is None:
-            runs = self._runs[id(tensor.layout)] = _Runs(tensor.layout)
+        runs = self._runs_of(tensor.layout)
         copy, state = tensor.param_copy, tensor.state
         return _Tensor(
             tensor.param.data_ptr(),
@@ -179,7 +180,15 @@ class CpuBackend:
             _DTYPES[grad.dtype],
         )
 
+    def _runs_of(self, layout: StateLayout) -> _Runs:
+        key = id(layout)  # to hash a layout takes longer than to update a small tensor
+        if key not in self._runs:
+            self._runs[key] = _Runs(layout)
+            weakref.finalize(layout, self._runs.pop, key, None).atexit = False
+        return self._runs[key]
 
+
+@functools.lru_cache(maxsize=8)  # an engine that updates parameter by parameter asks for the same ones again and again
 def _scalars(step: int, config: MicroAdamConfig, grad_scale: float) -> _Scalars:
     scalars = StepScalars.at(step, config, grad_scale)
     num_weights = len(scalars.m_weights)
@@ -246,12 +255,12 @@ def available_isas() -> list[str]:
     return [name for name, number in ISAS.items() if library.microadam_cpu_has_isa(number)]
 
 
-def _select_isa(library: ctypes.CDLL, wanted: str | None) -> str:
+def _select_isa(wanted: str | None) -> str:
     available = available_isas()
     if wanted is None:
         return available[-1]
     if wanted not in available:
-        raise BackendUnavailableError(
+        raise ConfigError(
             f"the CPU kernel was asked for instruction set {wanted!r}; this machine and build have "
             f"{', '.join(available)}."
         )

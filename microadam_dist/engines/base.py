@@ -108,7 +108,7 @@ class Shard:
         assert self.tensor.grad is not None  # callers ask for tensors that have one
         if self.tensor.grad.is_sparse:
             raise UnsupportedLayoutError(
-                f"parameter {self.spans[0].fqn!r} of shape {tuple(self.tensor.shape)} has a sparse gradient; "
+                f"parameter {self.name!r} of shape {tuple(self.tensor.shape)} has a sparse gradient; "
                 "use an embedding with sparse=False."
             )
         return self.tensor.grad
@@ -149,7 +149,7 @@ class Shard:
         """
         if hasattr(state, "placements"):
             raise CheckpointMismatchError(
-                f"state of {self.spans[0].fqn!r} is a DTensor with placements {state.placements}, the parameter a "
+                f"state of {self.name!r} is a DTensor with placements {state.placements}, the parameter a "
                 "plain tensor. Load it with torch.distributed.checkpoint, which reshards."
             )
         return state

@@ -55,7 +55,7 @@ class DTensorShard(Shard):
         grad = super().grad
         if not _is_distributed_like(grad, self.tensor):
             raise UnsupportedLayoutError(
-                f"the gradient of parameter {self.spans[0].fqn!r} is {_describe(grad)}, the parameter "
+                f"the gradient of parameter {self.name!r} is {_describe(grad)}, the parameter "
                 f"{_describe(self.tensor)}. Reduce it to the same placements before the step, as fully_shard does."
             )
         return grad.to_local()
@@ -101,7 +101,7 @@ class DTensorShard(Shard):
             return state
         if not _is_distributed_like(state, self.tensor):
             raise CheckpointMismatchError(
-                f"state of {self.spans[0].fqn!r} is {_describe(state)}, the parameter {_describe(self.tensor)}. "
+                f"state of {self.name!r} is {_describe(state)}, the parameter {_describe(self.tensor)}. "
                 "Load it with torch.distributed.checkpoint, which reshards."
             )
         return state.to_local()

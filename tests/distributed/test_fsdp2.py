@@ -42,6 +42,8 @@ from .models import (
     whole,
 )
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
 DTYPES = [torch.float32, torch.bfloat16]
 SAVED_AT, END = 50, 70
 Expected = dict[tuple[torch.dtype, int], dict[str, Tensor]]
@@ -331,6 +333,7 @@ def _other_ranks(rank: int, world_size: int, expected: Expected, by_four: Path, 
         check_loading(by_four / str(dtype), dtype, expected)
     check_loading(by_one, torch.bfloat16, expected)
     _check_mixed_precision(world_size)
+    _check_grad_scaler(rank)
 
 
 @pytest.fixture(scope="module")
@@ -365,3 +368,25 @@ def _check_mixed_precision(world_size: int) -> None:
         optimizer.zero_grad()
         plain_optimizer.step()
     assert_same(everything(optimizer), everything(plain_optimizer))
+
+
+def _check_grad_scaler(rank: int) -> None:
+    """An overflow on one rank skips the step, be it the first one, on all ranks."""
+    runs = []
+    for mesh_option in ({}, {"mesh": None}):
+        model, optimizer = make(torch.float32, **mesh_option)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+        for step in range(6):
+            inject(model, step)
+            for param in model.parameters():
+                param.grad *= scaler.get_scale()
+            if step in (0, 3):
+                local = getattr(model.few.weight.grad, "_local_tensor", model.few.weight.grad)
+                local.view(-1)[5:6] = torch.inf if rank == 0 or mesh_option else 0.0
+            scaler.scale(torch.zeros(()))
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        assert optimizer.state[model.few.weight]["step"] == 4
+        runs.append({"scale": torch.tensor(scaler.get_scale()), **everything(optimizer)})
+    assert_same(*runs)

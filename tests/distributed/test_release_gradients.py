@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from microadam_dist import ConfigError, MicroAdam, UnsupportedLayoutError, release_gradients
 from microadam_dist.gradient_release import ReleasedGradient
@@ -123,7 +123,6 @@ def test_a_gradient_is_freed_before_the_next_one_is_complete() -> None:
     alive: list[int] = []
 
     def count(param: Tensor) -> None:
-        gc.collect()
         seen.append(weakref.ref(param.grad))
         alive.append(sum(ref() is not None for ref in seen))
 
@@ -242,6 +241,27 @@ def test_sparse_gradient_is_refused() -> None:
         embedding(torch.arange(5)).sum().backward()
 
 
+def test_tied_weight_is_updated_once() -> None:
+    """Its gradient is complete when both uses have been differentiated, also through a checkpointed module."""
+
+    def run(*, release: bool) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        embedding, head = nn.Embedding(64, 128), nn.Linear(128, 64, bias=False)
+        head.weight = embedding.weight
+        model = nn.Sequential(embedding, nn.Linear(128, 128), nn.Tanh(), head)
+        optimizer = MicroAdam(model.named_parameters(), lr=0.1)
+        if release:
+            release_gradients(model, optimizer)
+        for step in range(4):
+            hidden = checkpoint(model[:3], torch.arange(step, step + 9), use_reentrant=False)
+            head(hidden).logsumexp(1).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return everything(optimizer)
+
+    assert_same(run(release=True), run(release=False))
+
+
 # ---------------------------------------------------------------- several ranks
 
 
@@ -253,9 +273,35 @@ def _under_fsdp2(rank: int, world_size: int) -> None:
     for dtype in DTYPES:
         check_same_as_normal_step(dtype, sharded=True)
     check_errors(sharded=True)
+    _check_real_modules(rank)
     _check_accumulation()
     _check_one_device(rank)
     _check_ddp_and_fsdp1()
+
+
+def _check_real_modules(rank: int) -> None:
+    """A chain of modules, another batch on each rank; weights change while other modules are still to be gathered."""
+
+    def run(*, release: bool) -> dict[str, Tensor]:
+        from torch.distributed.fsdp import fully_shard
+
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Sequential(nn.Linear(96, 96), nn.LayerNorm(96), nn.GELU()) for _ in range(4)))
+        for child in model:
+            fully_shard(child)
+        fully_shard(model)
+        optimizer = MicroAdam(model.named_parameters(), lr=0.01)
+        if release:
+            release_gradients(model, optimizer)
+        generator = torch.Generator().manual_seed(rank)
+        for _ in range(6):
+            x = torch.randn(8, 96, generator=generator)
+            (model(x) - x.roll(1, dims=1)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return everything(optimizer)
+
+    assert_same(run(release=True), run(release=False))
 
 
 def _check_accumulation() -> None:

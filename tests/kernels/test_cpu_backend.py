@@ -86,15 +86,21 @@ def test_bit_identical_to_the_reference(case: Case, isa: str) -> None:
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
-def test_every_16_bit_weight(dtype: torch.dtype, isa: str) -> None:
-    """Reading, scaling and rounding of all 2**16 weights, NaN and subnormal ones among them, and of all gradients."""
-    config = MicroAdamConfig(weight_decay=100.0, lr=0.0021)
-    layout = StateLayout((ShardSpan("all", (2**16,), 0, 2**16),), config)
-    values = torch.arange(2**16, dtype=torch.int32).short().view(dtype)
+@pytest.mark.parametrize("shape", [(2**16,), (64, 2**10)], ids=["dense", "blocks"])
+@pytest.mark.parametrize("decay", [1e-6, 2.0**-13, 1.01 * 2.0**-13, 2.0**-10, 1.01 * 2.0**-10, 2.0**-9, 0.21, 1.5])
+def test_every_16_bit_weight(shape: tuple[int, ...], dtype: torch.dtype, decay: float, isa: str) -> None:
+    """All 2**16 weights and gradients, NaN and subnormal ones among them; decay that changes many, few and no weights.
+
+    The kernel leaves weights alone that decay cannot change, which depends on 1 - lr * weight_decay.
+    """
+    config = MicroAdamConfig(lr=2.0**-7, weight_decay=decay * 2.0**7, block_size=64)
+    layout = StateLayout((ShardSpan("all", shape, 0, 2**16),), config)
+    weights = torch.arange(2**16, dtype=torch.int32).short().view(dtype)
     results = []
     for backend in (ReferenceBackend(), CpuBackend(isa)):
-        param, state = values.clone(), allocate_state(layout, values.device)
-        backend.step([TensorStep(param, values.flip(0), state, layout, 0)], config, 2.0**-20)
+        param, state = weights.clone(), allocate_state(layout, weights.device)
+        for step, grad in enumerate((weights.flip(0), torch.zeros_like(weights))):
+            backend.step([TensorStep(param, grad, state, layout, step)], config, 2.0**-20)
         results.append([param, *state.values()])
     assert all(same_bits(expected, actual) for expected, actual in zip(*results, strict=True))
 
@@ -176,7 +182,7 @@ def test_settings_and_devices_it_does_not_have() -> None:
         backend.check(MicroAdamConfig(ef_bits=2), torch.device("cpu"))
     with pytest.raises(BackendUnavailableError, match="cannot update a parameter on meta"):
         backend.check(MicroAdamConfig(), torch.device("meta"))
-    with pytest.raises(BackendUnavailableError, match="'sse9'.*portable"):
+    with pytest.raises(ConfigError, match="'sse9'.*portable"):
         CpuBackend("sse9")
 
 
@@ -198,6 +204,7 @@ def test_a_missing_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
         auto = select_backend("auto")
         assert isinstance(auto, AutoBackend)
         assert auto.choose(MicroAdamConfig(), torch.device("cpu")).name == "reference"
+        assert "no C++ compiler" in auto.unavailable["cpu"]
         broken = tmp_path / "broken.so"
         broken.write_bytes(b"not a library")
         monkeypatch.setenv("MICROADAM_CPU_LIBRARY", str(broken))

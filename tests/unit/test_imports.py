@@ -37,7 +37,7 @@ ALLOWED = {
     "engines*": "errors layout engines.base",
     "checkpoint*": f"{CORE} state quantization checkpoint*",
     "diagnostics*": f"{CORE} state quantization diagnostics*",
-    "optimizer": f"{CORE} state backends.base engines.base checkpoint.format",
+    "optimizer": f"{CORE} state backends.base engines.base checkpoint.format checkpoint.match",
     "cli": "_commands",
     "_commands": f"{CORE} planner* checkpoint* diagnostics*",
     "gradient_release": "errors engines.base optimizer",
