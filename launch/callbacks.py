@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+COMPLETE = "complete"
 
 
 class StepTimer(TrainerCallback):
@@ -29,6 +34,22 @@ class EvaluateAtEnd(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step >= state.max_steps:
             control.should_evaluate = True
+
+
+class MarkComplete(TrainerCallback):
+    """Leaves a marker in a checkpoint once every rank has written its part: a run may be killed while it writes."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        if state.is_world_process_zero:
+            (Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / COMPLETE).touch()
+
+
+def last_complete_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint in a run's folder that `MarkComplete` has marked."""
+    found = {int(path.parent.name.rsplit("-")[-1]): path.parent for path in folder.glob(f"*-*/{COMPLETE}")}
+    return found[max(found)] if found else None
 
 
 class LossProgress(ProgressCallback):

@@ -200,14 +200,14 @@ def build_trainer(
     """A Trainer that also evaluates at the end and shows the losses in its progress bar."""
     from transformers import ProgressCallback, Trainer
 
-    from callbacks import EvaluateAtEnd, LossProgress
+    from callbacks import EvaluateAtEnd, LossProgress, MarkComplete
 
     trainer = Trainer(
         model=model,
         args=args,
         processing_class=tokenizer,
         optimizer_cls_and_kwargs=optimizer_and_settings(options) if options.optimizer else None,
-        callbacks=[EvaluateAtEnd(), timer],
+        callbacks=[EvaluateAtEnd(), MarkComplete(), timer],
         **datasets,
     )
     trainer.remove_callback(ProgressCallback)
@@ -235,15 +235,12 @@ def find_checkpoint(options: Options) -> str | None:
     """
     if options.resume is None:
         return None
-    from transformers.trainer_utils import get_last_checkpoint
+    from callbacks import last_complete_checkpoint
 
-    if options.resume == "last":
-        checkpoint = get_last_checkpoint(str(options.output)) if options.output.is_dir() else None
-    else:
-        checkpoint = options.resume if Path(options.resume).is_dir() else None
-    if checkpoint is None:
+    checkpoint = last_complete_checkpoint(options.output) if options.resume == "last" else Path(options.resume)
+    if checkpoint is None or not checkpoint.is_dir():
         raise UserError(f"--resume {options.resume}: no checkpoint found (was the run started with --save-steps?)")
-    return checkpoint
+    return str(checkpoint)
 
 
 def main(**values: Any) -> None:

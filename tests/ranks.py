@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import multiprocessing
 import os
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -35,21 +37,31 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
     Raises:
         RankError: A rank raised, died or did not answer in time. No rank is left running.
     """
+    with started_ranks(function, world_size, *args) as (_, pipes):
+        return _collect(pipes)
+
+
+@contextlib.contextmanager
+def started_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any
+) -> Iterator[tuple[list[BaseProcess], list[Connection]]]:
+    """The processes of `run_ranks` and what they answer through, while they run; none is left at the end."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     with tempfile.TemporaryDirectory() as folder:
-        ranks, pipes = [], []
-        for rank in range(world_size):
-            receiving, sending = context.Pipe(duplex=False)
-            process = context.Process(
-                target=_rank_main, args=(sending, os.path.join(folder, "store"), function, rank, world_size, args)
-            )
-            process.start()
-            sending.close()
-            ranks.append(process)
-            pipes.append(receiving)
+        ranks: list[BaseProcess] = []
+        pipes: list[Connection] = []
         try:
-            return _collect(pipes)
+            for rank in range(world_size):
+                receiving, sending = context.Pipe(duplex=False)
+                process = context.Process(
+                    target=_rank_main, args=(sending, os.path.join(folder, "store"), function, rank, world_size, args)
+                )
+                process.start()
+                sending.close()
+                ranks.append(process)
+                pipes.append(receiving)
+            yield ranks, pipes
         finally:
             for process in ranks:
                 process.terminate()

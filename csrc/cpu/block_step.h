@@ -10,34 +10,31 @@
 namespace microadam {
 namespace {
 
-// Calls f with a null pointer to the type that a microadam_dtype names.
+// Calls f with `array` as a pointer to what a microadam_dtype names.
 template <class F>
-inline void with_type(int32_t dtype, const F& f) {
+inline void with_type(void* array, int32_t dtype, const F& f) {
   if (dtype == MICROADAM_FP32) {
-    f(static_cast<float*>(nullptr));
+    f(static_cast<float*>(array));
   } else if (dtype == MICROADAM_BF16) {
-    f(static_cast<Bf16*>(nullptr));
+    f(static_cast<Bf16*>(array));
   } else {
-    f(static_cast<Fp16*>(nullptr));
+    f(static_cast<Fp16*>(array));
   }
 }
 
-template <class T>
-T element_of(T*);
-
 // One MicroAdam step on a block: one pass over its memory, the phases in the order of the algorithm.
 bool block_step(const Block& block, const Step& step, const Scratch& s) {
-  with_type(step.grad_dtype, [&](auto* type) { accumulate<decltype(element_of(type))>(block, step, s); });
+  with_type(const_cast<void*>(block.grad), step.grad_dtype,
+            [&](const auto* grad) { accumulate(grad, block, step, s); });
   const bool finite = largest_magnitudes(block, step, s);
   if (finite) {
-    for (int i = 0; i < block.num_kept; ++i) s.accumulator[s.indices[i]] = 0.f;
+    clear_kept(block, s);
     encode_error(block, step, s);
   } else {
     empty_slot(block, s);
   }
   store_slot(block, step, s);
-  with_type(step.param_dtype, [&](auto* type) {
-    auto* param = static_cast<decltype(type)>(block.param);
+  with_type(block.param, step.param_dtype, [&](auto* param) {
     if (finite) update_weights(param, block, step, s);
     if (block.param_copy != nullptr) convert(block.param_copy, param, block.numel);
   });
@@ -46,10 +43,10 @@ bool block_step(const Block& block, const Step& step, const Scratch& s) {
 
 bool dense_step(const DensePiece& piece, const Step& step) {
   bool finite = true;
-  with_type(step.param_dtype, [&](auto* param) {
-    with_type(step.grad_dtype, [&](auto* grad) {
-      finite = adamw_step<decltype(element_of(param)), decltype(element_of(grad))>(piece, *step.scalars);
-    });
+  with_type(piece.param, step.param_dtype, [&](auto* param) {
+    with_type(const_cast<void*>(piece.grad), step.grad_dtype,
+              [&](const auto* grad) { finite = adamw_step(param, grad, piece, *step.scalars); });
+    if (piece.param_copy != nullptr) convert(piece.param_copy, param, piece.numel);
   });
   return finite;
 }

@@ -37,9 +37,7 @@ inline uint32_t adamw_at(const microadam_scalars& scalars, Param* param, const G
 
 // Returns false when an element was skipped.
 template <class Param, class Grad>
-inline bool adamw_step(const DensePiece& piece, const microadam_scalars& scalars) {
-  Param* param = static_cast<Param*>(piece.param);
-  const Grad* grad = static_cast<const Grad*>(piece.grad);
+inline bool adamw_step(Param* param, const Grad* grad, const DensePiece& piece, const microadam_scalars& scalars) {
   float *exp_avg = piece.exp_avg, *exp_avg_sq = piece.exp_avg_sq;
   uint32_t skipped = 0;
   int i = 0;
@@ -54,7 +52,6 @@ inline bool adamw_step(const DensePiece& piece, const microadam_scalars& scalars
     store_first(exp_avg + i, rest, m);
     store_first(exp_avg_sq + i, rest, v);
   }
-  if (piece.param_copy != nullptr) convert(piece.param_copy, param, piece.numel);
   return skipped == 0;
 }
 

@@ -57,8 +57,7 @@ inline void accumulate_tile(const Grad* grad, Floats grad_scale, const uint8_t* 
 
 // The accumulator in tiles. The last tile may be short; beyond the block it holds rubbish.
 template <class Grad>
-inline void accumulate_tiles(const Block& block, const Step& step, const Scratch& s) {
-  const Grad* grad = static_cast<const Grad*>(block.grad);
+inline void accumulate_tiles(const Grad* grad, const Block& block, const Step& step, const Scratch& s) {
   const uint8_t* codes = block.codes;
   float* accumulator = s.accumulator;
   uint32_t* maxima = s.maxima;
@@ -84,8 +83,7 @@ inline void accumulate_tiles(const Block& block, const Step& step, const Scratch
 }
 
 template <class Grad>
-inline void accumulate_one_by_one(const Block& block, const Step& step, const Scratch& s) {
-  const Grad* grad = static_cast<const Grad*>(block.grad);
+inline void accumulate_one_by_one(const Grad* grad, const Block& block, const Step& step, const Scratch& s) {
   const float grad_scale = step.scalars->grad_scale;
   int64_t i = 0;
   for (int bucket = 0; i < block.numel; ++bucket) {
@@ -102,17 +100,24 @@ inline void accumulate_one_by_one(const Block& block, const Step& step, const Sc
 // a = g * grad_scale + (codes * step_q + lo), zero from the end of the block to the end of its last tile; and the
 // largest magnitude of every group.
 template <class Grad>
-inline void accumulate(const Block& block, const Step& step, const Scratch& s) {
+inline void accumulate(const Grad* grad, const Block& block, const Step& step, const Scratch& s) {
   load_ranges(block, num_buckets(block.numel, step.bucket_size), s);
   if (buckets_hold_tiles(block.numel, step.bucket_size)) {
-    accumulate_tiles<Grad>(block, step, s);
+    accumulate_tiles(grad, block, step, s);
   } else {
-    accumulate_one_by_one<Grad>(block, step, s);
+    accumulate_one_by_one(grad, block, step, s);
   }
   const int whole = block.numel / kTile * kTile;
   if (whole == block.numel) return;
   for (int i = block.numel; i < whole + kTile; ++i) s.accumulator[i] = 0.f;
   tile_maxima(s.accumulator + whole, s.maxima + whole / kGroup);
+}
+
+// a[I] = 0
+inline void clear_kept(const Block& block, const Scratch& s) {
+  float* accumulator = s.accumulator;
+  const uint16_t* indices = s.indices;
+  for (int i = 0; i < block.num_kept; ++i) accumulator[indices[i]] = 0.f;
 }
 
 // Minimum and maximum of every bucket, to bucket_lo and bucket_factor. The residual is filled up to a whole tile.

@@ -8,9 +8,9 @@
 
 namespace microadam {
 
-constexpr int kTile = 64;            // elements that the phases work on at a time
-constexpr int kGroup = 4;            // elements whose common largest magnitude is kept for the selection
-constexpr int kPad = 2 * kTile;      // elements that vector code may touch beyond the end of a scratch buffer
+constexpr int kTile = 64;        // elements that the phases work on at a time
+constexpr int kGroup = 4;        // elements whose common largest magnitude is kept for the selection
+constexpr int kPad = 2 * kTile;  // elements that vector code may touch beyond the end of a scratch buffer
 
 // One Top-K block.
 struct Block {
@@ -40,7 +40,9 @@ struct Step {
   int32_t param_dtype, grad_dtype;
 };
 
+namespace {  // see floats.h
 inline int64_t element_bytes(int32_t dtype) { return dtype == MICROADAM_FP32 ? 4 : 2; }
+}  // namespace
 
 // First and second moment of one coordinate.
 typedef float Moments __attribute__((vector_size(8), may_alias));

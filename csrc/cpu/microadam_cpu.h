@@ -82,8 +82,8 @@ MICROADAM_API const char* microadam_cpu_threading(void);
  * Returns the number of skipped blocks (non-finite accumulator; a dense run counts once), or -1 when memory for
  * the scratch buffers is short; nothing has been changed then.
  */
-MICROADAM_API int64_t microadam_cpu_step(const microadam_settings* settings, const microadam_tensor* tensors, int64_t num_tensors,
-                           int isa, int num_threads);
+MICROADAM_API int64_t microadam_cpu_step(const microadam_settings* settings, const microadam_tensor* tensors,
+                                         int64_t num_tensors, int isa, int num_threads);
 
 #ifdef __cplusplus
 }

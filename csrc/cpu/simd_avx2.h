@@ -22,7 +22,9 @@ inline Ints load_shorts(const uint16_t* from) {
   return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 }
 inline Floats load(const Bf16* from) { return _mm256_castsi256_ps(_mm256_slli_epi32(load_shorts(&from->bits), 16)); }
-inline Floats load(const Fp16* from) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))); }
+inline Floats load(const Fp16* from) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
 
 inline void store_ints(uint32_t* to, Ints x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), x); }
 // The lanes must be below 2**16.
@@ -108,7 +110,7 @@ inline Ints count_at_least(Ints counts, Ints x, Ints threshold) {
 
 // ---- lists
 
-// For every byte the positions of its set bits, one byte each. 
+// For every byte the positions of its set bits, one byte each.
 struct SetBits {
   uint64_t of[256] = {};
   constexpr SetBits() {

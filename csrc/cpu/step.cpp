@@ -210,8 +210,8 @@ bool runs_here(int isa) {
       return true;
 #ifdef MICROADAM_X86
     case MICROADAM_AVX2:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c") &&
-             __builtin_cpu_supports("popcnt");
+      // F16C came before AVX2; GCC 10 cannot be asked for it.
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
     case MICROADAM_AVX512:
       return runs_here(MICROADAM_AVX2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&

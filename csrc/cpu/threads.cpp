@@ -1,6 +1,6 @@
 #include "threads.h"
 
-#include <system_error>
+#include <exception>
 #include <thread>
 #include <vector>
 
@@ -33,9 +33,10 @@ GompParallel openmp() {
 
 void run_on_new_threads(int num_threads, void (*work)(void*), void* argument) {
   std::vector<std::thread> threads;
+  threads.reserve(static_cast<size_t>(num_threads));
   try {
     for (int i = 1; i < num_threads; ++i) threads.emplace_back(work, argument);
-  } catch (const std::system_error&) {
+  } catch (const std::exception&) {
     // No more threads to be had: the ones that run share the work.
   }
   work(argument);

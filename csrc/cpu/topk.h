@@ -14,7 +14,7 @@ namespace {
 // have larger ones.
 constexpr int32_t kNotFinite = (0x5D80 << 16) - 0x8000;
 
-constexpr uint32_t kOctave = 128;      // keys between a number and its double
+constexpr uint32_t kOctave = 128;       // keys between a number and its double
 constexpr uint32_t kFirstDistance = 4;  // keys
 
 // Numbers of `bits` (n of them, rounded up to whole vectors) that are at least `threshold` without their sign.
@@ -93,8 +93,8 @@ inline uint32_t lower_bound(const Block& block, const Scratch& s, int num_groups
   uint32_t start = *s.last_key;
   if (start >= end || end - start > 4 * kOctave) start = end > kOctave ? end - kOctave : 0;
   const bool reached = start == 0 || count(start) >= block.num_kept;
-  const uint32_t key = reached ? search_up(start, end, slack, block.num_kept, count)
-                               : search_down(start, slack, block.num_kept, count);
+  const uint32_t key =
+      reached ? search_up(start, end, slack, block.num_kept, count) : search_down(start, slack, block.num_kept, count);
   *s.last_key = key;
   return key;
 }

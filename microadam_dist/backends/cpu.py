@@ -223,9 +223,9 @@ def load_library() -> ctypes.CDLL:
     path = _library_path()
     if path is None:
         raise BackendUnavailableError(
-            f'backend="cpu": {LIBRARY_NAME} is not installed: there was no C++ compiler (GCC or Clang) when the '
-            "package was installed. Install one, then `pip install --force-reinstall --no-cache-dir "
-            'microadam-dist`, or use backend="reference".'
+            f'backend="cpu": {LIBRARY_NAME} is not installed. It is built when the package is installed on Linux or '
+            "macOS and there is a C++ compiler (GCC or Clang). Install one, then `pip install --force-reinstall "
+            '--no-cache-dir microadam-dist`, in a checkout `pip install -e .`; or use backend="reference".'
         )
     try:
         library = ctypes.CDLL(str(path))

@@ -199,12 +199,12 @@ def test_a_missing_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     try:
         monkeypatch.setattr(cpu, "LIBRARY_NAME", "no_such_library.so")
         monkeypatch.delenv("MICROADAM_CPU_LIBRARY", raising=False)
-        with pytest.raises(BackendUnavailableError, match=r"no C\+\+ compiler.*pip install"):
+        with pytest.raises(BackendUnavailableError, match=r"C\+\+ compiler.*pip install"):
             select_backend("cpu")
         auto = select_backend("auto")
         assert isinstance(auto, AutoBackend)
         assert auto.choose(MicroAdamConfig(), torch.device("cpu")).name == "reference"
-        assert "no C++ compiler" in auto.unavailable["cpu"]
+        assert "C++ compiler" in auto.unavailable["cpu"]
         broken = tmp_path / "broken.so"
         broken.write_bytes(b"not a library")
         monkeypatch.setenv("MICROADAM_CPU_LIBRARY", str(broken))
