@@ -81,22 +81,26 @@ def loaded_numel(folder: Path) -> int:
         return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
 
 
-def test_deepspeed_launcher_and_command_line(text: Path, tmp_path: Path) -> None:
+def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", str(port)]
-    script = [
-        str(ROOT / "launch" / "train.py"),
-        "--model-config",
-        str(text.with_name("model.json")),
-        "--tokenizer",
-        "bytes",
-    ]
-    script += ["--data", str(text), "--seq-len", "64", "--steps", "2", "--output", str(tmp_path)]
-    script += ["--deepspeed", str(ROOT / "configs" / "deepspeed" / "zero2_bf16.json")]
+        return str(probe.getsockname()[1])
+
+
+LAUNCHERS = {
+    "deepspeed": ["--num_gpus", "2", "--master_port"],
+    "torchrun": ["--nproc_per_node", "2", "--master_port"],
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_launchers_and_command_line(launcher: str, text: Path, tmp_path: Path) -> None:
+    command = [str(Path(sys.executable).with_name(launcher)), *LAUNCHERS[launcher], free_port(), str(TRAIN)]
+    command += ["--model-config", str(text.with_name("model.json")), "--tokenizer", "bytes", "--data", str(text)]
+    command += ["--seq-len", "64", "--steps", "2", "--output", str(tmp_path)]
+    command += ["--deepspeed", str(ROOT / "configs" / "deepspeed" / "zero2_bf16.json")]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([*launcher, *script], env=environment, capture_output=True, text=True, timeout=240)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "sparse path" in result.stdout  # the table at the end
     assert json.loads((tmp_path / "metrics.json").read_text())["world_size"] == 2
