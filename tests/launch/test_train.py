@@ -106,15 +106,9 @@ def test_launchers_and_command_line(launcher: str, text: Path, tmp_path: Path) -
     assert json.loads((tmp_path / "metrics.json").read_text())["world_size"] == 2
 
 
-def test_a_mistake_is_one_line_and_no_trace(tmp_path: Path) -> None:
-    script = [
-        sys.executable,
-        str(ROOT / "launch" / "train.py"),
-        "--model",
-        "nowhere",
-        "--data",
-        str(tmp_path / "none.txt"),
-    ]
-    result = subprocess.run([*script, "--output", str(tmp_path / "out")], capture_output=True, text=True)
+def test_a_mistake_is_one_line_and_no_trace(text: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(TRAIN), "--model-config", str(text.with_name("model.json")), "--tokenizer", "bytes"]
+    command += ["--data", str(tmp_path / "none.txt"), "--output", str(tmp_path / "out")]
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2
-    assert "none.txt" in result.stderr and "Traceback" not in result.stderr
+    assert "no such file or folder" in result.stderr and "Traceback" not in result.stderr
