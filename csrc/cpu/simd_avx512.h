@@ -1,6 +1,6 @@
-// Vectors of sixteen floats for AVX-512 with VBMI2 (Ice Lake and later, Zen 4 and later). See simd_portable.h.
+// Vectors of sixteen floats for AVX-512 with VBMI and VBMI2 (Ice Lake and later, Zen 4 and later). See simd_portable.h.
 //
-// Without VBMI2 (Skylake-X, Cascade Lake) there is no compression of bytes and words, and AVX2 is as fast.
+// Older CPUs with AVX-512 (Skylake-X, Cascade Lake) cannot compress or shift bytes, and take AVX2.
 #pragma once
 
 #include "simd_x86.h"
@@ -137,13 +137,13 @@ inline Decoder make_decoder(float step, float lo) {
 }
 
 inline void decode_64(const Decoder& decoder, const uint8_t* codes, Floats (&x)[4]) {
-  const Ints shifts = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
-  const Ints word = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
-  const Ints words = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
+  // Lane i takes the bits from 4 * i on; the permutation reads the low four of them only.
+  const Ints first_bit = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60);
   for (int i = 0; i < 4; ++i) {
-    const Ints eight_codes = _mm512_permutexvar_epi32(_mm512_add_epi32(word, splat(2 * i)), words);
-    // The permutation reads the low four bits of its index only.
-    x[i] = _mm512_permutexvar_ps(_mm512_srlv_epi32(eight_codes, shifts), decoder.levels);
+    int64_t sixteen_codes;
+    memcpy(&sixteen_codes, codes + 8 * i, 8);
+    const Ints indices = _mm512_multishift_epi64_epi8(first_bit, _mm512_set1_epi64(sixteen_codes));
+    x[i] = _mm512_permutexvar_ps(indices, decoder.levels);
   }
 }
 

@@ -142,7 +142,7 @@ def test_state_dict_and_first_step_are_those_of_the_optimizer() -> None:
     for step in range(4):
         for each, each_optimizer in ((model, optimizer), (normal, normal_optimizer)):
             grads = {name: torch.zeros_like(getattr(each, name).weight) for name in ("few", "thin")}
-            each({**grads, "odd": torch.full((40, 301), step + 1.0)}).backward()
+            each({"odd": torch.full((40, 301), step + 1.0), **grads}).backward()  # the last one is differentiated first
             each_optimizer.step()
             each_optimizer.zero_grad()
     assert_same(everything(optimizer), everything(normal_optimizer))

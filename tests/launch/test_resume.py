@@ -68,16 +68,17 @@ def test_killed_runs_lose_nothing(text: Path, tmp_path: Path) -> None:
     config = ROOT / "configs" / "deepspeed" / "zero2_bf16.json"
     run_ranks(_train, 2, options(text, tmp_path / "straight", deepspeed=config))
     chance = random.Random(0)
-    killed, kills = tmp_path / "killed", 0
-    while True:
-        resume = "last" if list(killed.glob("*/complete")) else None
-        seconds = None if kills >= NUM_KILLS else chance.uniform(1.0, 6.0)
-        run = options(text, killed, deepspeed=config, resume=resume)
-        if not _run_until(run, seconds, in_checkpoint=kills % 2 == 1):
-            break
-        kills += 1
-    assert kills >= NUM_KILLS
-    assert_same_run(killed, tmp_path / "straight")
+    kills = num_runs = 0
+    while kills < NUM_KILLS:
+        folder, num_runs = tmp_path / f"killed-{num_runs}", num_runs + 1
+        while _run_until(
+            options(text, folder, deepspeed=config, resume="last" if list(folder.glob("*/complete")) else None),
+            seconds=chance.uniform(1.0, 6.0) if kills < NUM_KILLS else None,
+            in_checkpoint=kills % 2 == 1,
+        ):
+            kills += 1
+        assert_same_run(folder, tmp_path / "straight")
+    print(f"{kills} kills, {num_runs} runs, all with the weights of the uninterrupted one")
 
 
 def _run_until(run: dict[str, Any], seconds: float | None, in_checkpoint: bool) -> bool:
