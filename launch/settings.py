@@ -178,6 +178,8 @@ def _dtype(options: Options, config: dict[str, Any] | None) -> Dtype:
     if "auto" in enabled.values():
         return options.dtype or Dtype.bf16
     fixed = next((dtype for dtype, on in enabled.items() if on), Dtype.fp32)
+    if options.dtype is Dtype.pure_bf16 and fixed is Dtype.fp32:
+        return Dtype.pure_bf16  # DeepSpeed trains the weights as they come, without a copy
     if options.dtype not in (None, fixed):
         raise UserError(f"--dtype {options.dtype.value} contradicts {options.deepspeed}, which trains in {fixed.value}")
     return fixed

@@ -40,9 +40,9 @@ def _train(rank: int, world_size: int, options: dict[str, Any]) -> None:
     sys.path.insert(0, str(ROOT / "launch"))
     os.environ.update(LOCAL_WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     import train
-    from settings import Options
+    from settings import Dtype, Options
 
-    train.train(Options(**options))
+    train.train(Options(**options, dtype=Dtype.pure_bf16 if "pure_bf16" in str(options.get("deepspeed")) else None))
 
 
 def options(text: Path, output: Path, **more: Any) -> dict[str, Any]:
