@@ -1,0 +1,33 @@
+"""DDP: every rank holds the whole state, and the bits are those of one process with the averaged gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from microadam_dist import MicroAdam
+from tests.deepspeed.engines import SETTINGS, make_gradients, make_model
+from tests.ranks import run_ranks
+
+NUM_STEPS = 12
+
+
+def _train(rank: int, world_size: int) -> list[Tensor]:
+    model = make_model()
+    wrapped = DistributedDataParallel(model) if world_size > 1 else model
+    optimizer = MicroAdam(model.named_parameters(), **SETTINGS)
+    for grads in make_gradients(NUM_STEPS):
+        wrapped(grads).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    state = [tensor for p in model.parameters() for tensor in optimizer.state[p].values()]
+    return [*(p.detach() for p in model.parameters()), *state]
+
+
+def test_ranks_and_one_process_agree_in_every_bit() -> None:
+    (alone,) = run_ranks(_train, 1)
+    for world_size in (2, 3):
+        for tensors in run_ranks(_train, world_size):
+            assert len(tensors) == len(alone) > 20
+            assert all(torch.equal(*pair) for pair in zip(tensors, alone, strict=True))
