@@ -398,3 +398,44 @@ def test_planned_bytes_are_allocated_bytes(spans: tuple[ShardSpan, ...], config:
 def test_a_span_has_at_most_three_bands(data: st.DataObject, shape: tuple[int, ...], block_size: int) -> None:
     begin, end = data.draw(st.sampled_from(data.draw(cuts(1, torch.Size(shape).numel()))))
     assert len(BlockGrid.from_shape(shape, block_size).bands(begin, end - begin)) <= 3
+
+
+def numels(layout: StateLayout) -> dict[str, int]:
+    return {name: torch.Size(shape).numel() for name, shape in layout.shapes.items()}
+
+
+@pytest.mark.parametrize("window_size", [1, 4])
+@pytest.mark.parametrize("ef_bits", [0, 2, 4, 8])
+@pytest.mark.parametrize("shape", [(40, 301), (3, 5000), (16, 32, 3, 3), (61,), (50, 5)])
+def test_whole_rows_have_a_row_of_state_each(shape: tuple[int, ...], ef_bits: int, window_size: int) -> None:
+    overrides = {"ef_bits": ef_bits, "window_size": window_size, "block_size": 256, "density": 0.05}
+    row_numel = torch.Size(shape[1:]).numel()
+    unsharded = layout_of(whole(*shape), **overrides)
+    assert all(rows == shape[0] for rows, *_ in unsharded.shapes.values())
+    for first, end in ((0, shape[0]), (0, 1), (1, 3), (3, 3), (2, shape[0])):
+        layout = layout_of(ShardSpan("w", shape, first * row_numel, (end - first) * row_numel), **overrides)
+        assert layout.shapes == {name: (end - first, *row) for name, (_, *row) in unsharded.shapes.items()}
+        assert numels(layout) == {name: numel for name, (_, numel) in layout.tensors.items()}
+    if len(shape) == 1 or row_numel < 64:
+        assert unsharded.shapes == {"exp_avg": shape, "exp_avg_sq": shape}
+
+
+@pytest.mark.parametrize(
+    "spans",
+    [
+        (ShardSpan("w", (40, 301), 7, 602),),
+        (ShardSpan("w", (40, 301), 301, 302),),
+        (whole(40, 301), whole(40, 301, offset=40 * 301)),
+        (whole(40, 301), whole(61, offset=40 * 301)),
+        (),
+    ],
+)
+def test_all_other_state_is_flat(spans: tuple[ShardSpan, ...]) -> None:
+    layout = layout_of(*spans)
+    assert layout.shapes == {name: (numel,) for name, (_, numel) in layout.tensors.items()}
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (0, 128), (128, 0)])
+def test_scalars_and_empty_parameters_have_state_of_their_size(shape: tuple[int, ...]) -> None:
+    layout = layout_of(whole(*shape))
+    assert numels(layout) == {name: numel for name, (_, numel) in layout.tensors.items()}
