@@ -18,7 +18,7 @@ from .checkpoint.format import LAYOUT_KEY, describe_layouts, read_layouts
 from .checkpoint.match import match_groups, match_names, match_spans, match_tensors, state_dict_parts
 from .config import SETTING_NAMES, STRUCTURAL_SETTINGS, MicroAdamConfig, reject_unknown_settings
 from .engines.base import NamedParameter, Shard, Slot, any_rank, engines, find_shard, process_rank
-from .errors import ConfigError, UnsupportedLayoutError
+from .errors import ConfigError, MicroAdamError, UnsupportedLayoutError
 from .layout import DENSE_TENSORS, StateLayout
 from .state import allocate_state, flatten_state, shape_state
 
@@ -138,7 +138,7 @@ class MicroAdam(Optimizer):
                 if param.dtype not in _PARAM_DTYPES:
                     raise ConfigError(f"parameter {name!r} is {param.dtype}; MicroAdam trains fp32, bf16, fp16.")
                 self._backend.check(config, param.device)
-        except Exception:
+        except MicroAdamError:
             self.param_groups.pop()
             raise
         self._constructed.append([NamedParameter.of(*pair) for pair in zip(names, group["params"], strict=True)])
