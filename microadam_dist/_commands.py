@@ -8,8 +8,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from .checkpoint.deepspeed_reshard import reshard_checkpoint
+from .diagnostics.environment import backends, chosen, versions
 from .errors import MicroAdamError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
@@ -49,3 +51,17 @@ def reshard(
         console.print(f"  {fqn} [{start}, {end})", highlight=False)
     if len(rebuilt) > 10:
         console.print(f"  ... and {len(rebuilt) - 10} more")
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, the backends this machine can use, and which one takes the step."""
+    table = Table(show_header=False, box=None)
+    for name, found in versions().items():
+        table.add_row(name, found)
+    table.add_section()
+    for name, found in backends().items():
+        table.add_row(f"backend {name}", found)
+    for device, backend in chosen().items():
+        table.add_row(f'backend="auto" on {device}', backend)
+    Console().print(table)

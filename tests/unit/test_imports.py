@@ -36,7 +36,7 @@ ALLOWED = {
     "engines.deepspeed": "errors layout engines.base engines.deepspeed_sparse",
     "engines*": "errors layout engines.base",
     "checkpoint*": f"{CORE} state quantization checkpoint*",
-    "diagnostics*": f"{CORE} state quantization diagnostics*",
+    "diagnostics*": f"{CORE} state quantization backends* diagnostics*",
     "optimizer": f"{CORE} state backends.base engines.base checkpoint.format checkpoint.match",
     "cli": "_commands",
     "_commands": f"{CORE} planner* checkpoint* diagnostics*",

@@ -1,0 +1,45 @@
+"""The environment report: versions, and which backend would take a step here, and why not the others."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from ..backends.base import AutoBackend
+from ..config import MicroAdamConfig
+from ..errors import BackendUnavailableError
+
+_PACKAGES = ("microadam-dist", "torch", "deepspeed", "transformers", "accelerate")
+
+
+def versions() -> dict[str, str]:
+    """Name -> version of Python and of the packages that matter; "not installed" for those that are not there."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def backends() -> dict[str, str]:
+    """Name -> what the backend has here, or why it cannot be used."""
+    found = {"reference": "available: pure PyTorch, any device"}
+    try:
+        from ..backends.cpu import CpuBackend
+
+        cpu = CpuBackend()
+        found["cpu"] = f"available: {cpu.isa}, {cpu.num_threads} threads ({cpu.threading})"
+    except BackendUnavailableError as error:
+        found["cpu"] = f"not available: {error}"
+    return found
+
+
+def chosen() -> dict[str, str]:
+    """Device -> the backend that ``backend="auto"`` takes there, with the default settings."""
+    auto = AutoBackend()
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    return {device: auto.choose(MicroAdamConfig(), torch.device(device)).name for device in devices}
