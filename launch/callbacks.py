@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -46,10 +47,19 @@ class MarkComplete(TrainerCallback):
             (Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / COMPLETE).touch()
 
 
-def last_complete_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint in a run's folder that `MarkComplete` has marked."""
+def last_complete_checkpoint(folder: Path, num_steps: int | None) -> Path | None:
+    """The newest checkpoint in a run's folder that `MarkComplete` has marked and that has steps left."""
     found = {int(path.parent.name.rsplit("-")[-1]): path.parent for path in folder.glob(f"*-*/{COMPLETE}")}
-    return found[max(found)] if found else None
+    return next((found[step] for step in sorted(found, reverse=True) if has_steps_left(found[step], num_steps)), None)
+
+
+def has_steps_left(checkpoint: Path, num_steps: int | None) -> bool:
+    """Whether a run of ``num_steps`` (None: of as many as before) goes on after a checkpoint.
+
+    Trainer takes one more step when it is resumed from the last one.
+    """
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    return state["global_step"] < (num_steps or state["max_steps"])
 
 
 class LossProgress(ProgressCallback):

@@ -231,15 +231,20 @@ def find_checkpoint(options: Options) -> str | None:
     """Checkpoint folder to resume from.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or the run is finished.
     """
     if options.resume is None:
         return None
-    from callbacks import last_complete_checkpoint
+    from callbacks import has_steps_left, last_complete_checkpoint
 
-    checkpoint = last_complete_checkpoint(options.output) if options.resume == "last" else Path(options.resume)
-    if checkpoint is None or not checkpoint.is_dir():
+    if options.resume == "last":
+        checkpoint = last_complete_checkpoint(options.output, options.steps)
+    else:
+        checkpoint = Path(options.resume)
+    if checkpoint is None or not (checkpoint / "trainer_state.json").is_file():
         raise UserError(f"--resume {options.resume}: no checkpoint found (was the run started with --save-steps?)")
+    if not has_steps_left(checkpoint, options.steps):
+        raise UserError(f"--resume {options.resume}: that run is finished; give more --steps to go on")
     return str(checkpoint)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import time
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.launch.test_train import ROOT, TINY_LLAMA, _train
-from tests.ranks import run_ranks, started_ranks
+from tests.ranks import RankError, run_ranks, started_ranks
 
 pytestmark = pytest.mark.deepspeed
 NUM_KILLS = int(os.environ.get("MICROADAM_TEST_KILLS", "4"))
@@ -61,6 +62,17 @@ def test_trainer_resumes_exactly(config: str | None, text: Path, tmp_path: Path)
     checkpoint = str(tmp_path / "straight" / "checkpoint-6")
     run_ranks(_train, world_size, options(text, tmp_path / "resumed", deepspeed=deepspeed, resume=checkpoint))
     assert_same_run(tmp_path / "resumed", tmp_path / "straight")
+
+
+def test_a_finished_run_is_not_trained_on(text: Path, tmp_path: Path) -> None:
+    """Killed between its last checkpoint and its end, it goes on from the one before."""
+    run_ranks(_train, 1, options(text, tmp_path / "straight"))
+    shutil.copytree(tmp_path / "straight", tmp_path / "again")
+    (tmp_path / "again" / "model.safetensors").unlink()
+    run_ranks(_train, 1, options(text, tmp_path / "again", resume="last"))
+    assert_same_run(tmp_path / "again", tmp_path / "straight")
+    with pytest.raises(RankError, match="that run is finished"):
+        run_ranks(_train, 1, options(text, tmp_path / "again", resume=str(tmp_path / "again" / "checkpoint-12")))
 
 
 def test_killed_runs_lose_nothing(text: Path, tmp_path: Path) -> None:
