@@ -120,25 +120,36 @@ inline void clear_kept(const Block& block, const Scratch& s) {
   for (int i = 0; i < block.num_kept; ++i) accumulator[indices[i]] = 0.f;
 }
 
+inline void tile_range(const float* tile, Floats* low, Floats* high) {
+  *low = *high = load(tile);
+  for (int i = 1; i < kTileVectors; ++i) {
+    const Floats x = load(tile + i * kLanes);
+    *low = min(*low, x);
+    *high = max(*high, x);
+  }
+}
+
 // Minimum and maximum of every bucket, to bucket_lo and bucket_factor. The residual is filled up to a whole tile.
 inline void find_ranges_in_tiles(const Block& block, const Step& step, const Scratch& s) {
   const float* residual = s.accumulator;
+  float *bucket_lo = s.bucket_lo, *bucket_hi = s.bucket_factor;
   const int64_t numel = block.numel, grad_bytes = element_bytes(step.grad_dtype);
   const void* next_grad = following(block.grad, numel * grad_bytes);
   int64_t i = 0;
   for (int bucket = 0; i < numel; ++bucket) {
     const int64_t end = smaller(i + step.bucket_size, numel);
-    Floats low = load(residual + i), high = low;
-    for (; i < end; i += kTile) {
+    Floats low, high;
+    tile_range(residual + i, &low, &high);
+    prefetch_half(next_grad, grad_bytes, numel, 0, i);
+    for (i += kTile; i < end; i += kTile) {
+      Floats tile_low, tile_high;
+      tile_range(residual + i, &tile_low, &tile_high);
       prefetch_half(next_grad, grad_bytes, numel, 0, i);
-      for (int j = 0; j < kTile; j += kLanes) {
-        const Floats x = load(residual + i + j);
-        low = min(low, x);
-        high = max(high, x);
-      }
+      low = min(low, tile_low);
+      high = max(high, tile_high);
     }
-    s.bucket_lo[bucket] = reduce_min(low);
-    s.bucket_factor[bucket] = reduce_max(high);
+    reduce_range(low, high, bucket_lo + bucket, bucket_hi + bucket);
+    i = end;
   }
 }
 

@@ -68,18 +68,6 @@ inline Floats min(Floats a, Floats b) { return _mm256_min_ps(a, b); }
 inline Floats max(Floats a, Floats b) { return _mm256_max_ps(a, b); }
 inline Floats square_root(Floats x) { return _mm256_sqrt_ps(x); }
 
-inline float reduce_min(Floats x) {
-  __m128 half = _mm_min_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-  half = _mm_min_ps(half, _mm_movehl_ps(half, half));
-  return _mm_cvtss_f32(_mm_min_ss(half, _mm_movehdup_ps(half)));
-}
-
-inline float reduce_max(Floats x) {
-  __m128 half = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-  half = _mm_max_ps(half, _mm_movehl_ps(half, half));
-  return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
-}
-
 // ---- bits
 
 inline Ints magnitude(Floats x) { return _mm256_and_si256(_mm256_castps_si256(x), splat(0x7FFFFFFF)); }

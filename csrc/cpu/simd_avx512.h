@@ -75,8 +75,10 @@ inline void load_pairs(const float* from, Floats* even, Floats* odd) {
 inline Floats min(Floats a, Floats b) { return _mm512_min_ps(a, b); }
 inline Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 inline Floats square_root(Floats x) { return _mm512_sqrt_ps(x); }
-inline float reduce_min(Floats x) { return _mm512_reduce_min_ps(x); }
-inline float reduce_max(Floats x) { return _mm512_reduce_max_ps(x); }
+inline void reduce_range(Floats low, Floats high, float* smallest, float* largest) {
+  reduce_range(_mm256_min_ps(_mm512_castps512_ps256(low), _mm512_extractf32x8_ps(low, 1)),
+               _mm256_max_ps(_mm512_castps512_ps256(high), _mm512_extractf32x8_ps(high, 1)), smallest, largest);
+}
 
 // ---- bits
 

@@ -68,14 +68,15 @@ inline Floats square_root(Floats x) {
   return x;
 }
 
-inline float reduce_min(Floats x) {
-  const float a = x[0] < x[1] ? x[0] : x[1], b = x[2] < x[3] ? x[2] : x[3];
-  return a < b ? a : b;
-}
-
-inline float reduce_max(Floats x) {
-  const float a = x[0] > x[1] ? x[0] : x[1], b = x[2] > x[3] ? x[2] : x[3];
-  return a > b ? a : b;
+// The smallest lane of `low` and the largest of `high`.
+inline void reduce_range(Floats low, Floats high, float* smallest, float* largest) {
+  float a = low[0], b = high[0];
+  for (int i = 1; i < kLanes; ++i) {
+    a = low[i] < a ? low[i] : a;
+    b = high[i] > b ? high[i] : b;
+  }
+  *smallest = a;
+  *largest = b;
 }
 
 // ---- bits of floats; magnitudes are bits without the sign, so they compare like signed integers

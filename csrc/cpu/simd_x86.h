@@ -13,5 +13,17 @@ inline uint32_t first_bits(uint32_t bits, int count) {
   return count >= 32 ? bits : _pdep_u32((1u << count) - 1u, bits);
 }
 
+// The smallest lane of `low` and the largest of `high`, as the smallest of -high: one reduction for both.
+inline void reduce_range(__m256 low, __m256 high, float* smallest, float* largest) {
+  const __m256 sign = _mm256_set1_ps(-0.f);
+  const __m256 negative = _mm256_xor_ps(high, sign);
+  __m256 x = _mm256_min_ps(_mm256_permute2f128_ps(low, negative, 0x20), _mm256_permute2f128_ps(low, negative, 0x31));
+  x = _mm256_min_ps(x, _mm256_permute_ps(x, 0x4E));
+  x = _mm256_min_ps(x, _mm256_permute_ps(x, 0xB1));
+  x = _mm256_xor_ps(x, _mm256_setr_ps(0.f, 0.f, 0.f, 0.f, -0.f, -0.f, -0.f, -0.f));
+  _mm_store_ss(smallest, _mm256_castps256_ps128(x));
+  _mm_store_ss(largest, _mm256_extractf128_ps(x, 1));
+}
+
 }  // namespace
 }  // namespace microadam

@@ -51,8 +51,9 @@ inline void weigh(const Bf16* values, int count, int64_t readable, float m_weigh
   }
 }
 
-// M += b1^r V_r, V += b2^r V_r^2
-inline void add_slot(const Block& block, const Step& step, int64_t age, Moments* moments) {
+// use(index, b1^r V_r and b2^r V_r^2) for every entry of the slot of age r.
+template <class Use>
+inline void for_each_entry(const Block& block, const Step& step, int64_t age, const Use& use) {
   const int64_t begin = slot_of_age(step, age) * block.num_kept, end = begin + block.num_kept;
   const int64_t window_end = step.scalars->num_weights * block.num_kept;
   const float m_weight = step.scalars->m_weights[age], v_weight = step.scalars->v_weights[age];
@@ -61,18 +62,17 @@ inline void add_slot(const Block& block, const Step& step, int64_t age, Moments*
     const int count = static_cast<int>(smaller(kChunk, end - start));
     const uint16_t* indices = block.indices + start;
     weigh(block.values + start, count, window_end - start, m_weight, v_weight, terms);
-    for (int i = 0; i < count; ++i) moments[indices[i]] += terms[i];
+    for (int i = 0; i < count; ++i) use(indices[i], terms[i]);
   }
 }
 
-// Moves the sums of the window's coordinates to a list, each coordinate once, and leaves zeros for the next block.
-// Sums of nothing but zeros change no weight and are left out. Returns the number of coordinates.
-inline int list_touched(const uint16_t* indices, int64_t num_entries, const Scratch& s) {
+// Moves the sums of window entries [begin, end) to the end of the list, each coordinate once, and leaves zeros for the
+// next block. Sums of nothing but zeros change no weight and are left out. Returns the new length of the list.
+inline int list_touched(const Block& block, int64_t begin, int64_t end, int count, const Scratch& s) {
   Moments *moments = s.moments, *sums = s.sums;
   uint16_t* touched = s.touched;
-  int count = 0;
-  for (int64_t i = 0; i < num_entries; ++i) {  // without branches: the second time a coordinate comes it has a zero
-    const uint16_t index = indices[i];
+  for (int64_t i = begin; i < end; ++i) {  // without branches: the second time a coordinate comes it has a zero
+    const uint16_t index = block.indices[i];
     const Moments sum = moments[index];
     moments[index] = Moments{0.f, 0.f};
     touched[count] = index;
@@ -84,13 +84,26 @@ inline int list_touched(const uint16_t* indices, int64_t num_entries, const Scra
   return count;
 }
 
-// M and V of the coordinates in the window, as lists.
+// M and V of the coordinates in a window of two valid slots or more, as lists. Returns the number of coordinates.
 inline int sum_window(const Block& block, const Step& step, const Scratch& s) {
-  const int64_t num_slots = step.scalars->num_weights;
+  Moments *moments = s.moments, *sums = s.sums;
+  uint16_t* touched = s.touched;
+  const int64_t oldest = step.scalars->num_weights - 1;
   prefetch_next_window(block, step);
-  for (int64_t age = num_slots - 1; age >= 0; --age) add_slot(block, step, age, s.moments);
-  // The valid slots lie one after the other, from the beginning.
-  return list_touched(block.indices, num_slots * block.num_kept, s);
+  for_each_entry(block, step, oldest, [=](uint16_t index, Moments term) { moments[index] = term; });
+  for (int64_t age = oldest - 1; age > 0; --age) {
+    for_each_entry(block, step, age, [=](uint16_t index, Moments term) { moments[index] += term; });
+  }
+  int count = 0;
+  for_each_entry(block, step, 0, [=, &count](uint16_t index, Moments term) {
+    touched[count] = index;
+    sums[count++] = moments[index] + term;
+    moments[index] = Moments{0.f, 0.f};
+  });
+  // The valid slots lie one after the other, from the beginning; what is left are those before and after the newest.
+  const int64_t newest = step.scalars->newest_slot * block.num_kept;
+  count = list_touched(block, 0, newest, count, s);
+  return list_touched(block, newest + block.num_kept, (oldest + 1) * block.num_kept, count, s);
 }
 
 // The same when the newest slot is all there is.

@@ -47,6 +47,10 @@ class ReferenceBackend:
                         scalars,
                     )
                 )
+            if tensor.param_copy is not None:
+                for span in tensor.layout.spans:
+                    local = slice(span.offset, span.offset + span.numel)
+                    tensor.param_copy[local] = tensor.param[local]
         return int(torch.stack(skipped).sum()) if skipped else 0
 
 
