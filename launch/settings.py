@@ -87,7 +87,7 @@ class Options:
     ] = None
     gradient_checkpointing: Annotated[bool, _run("--gradient-checkpointing", help="Recompute activations.")] = False
     seed: Annotated[int, _run()] = 0
-    resume: Annotated[str | None, _run(help="A checkpoint folder, or 'last': newest complete one in --output.")] = None
+    resume: Annotated[str | None, _run(help="A checkpoint folder, or 'last': newest one in --output, if any.")] = None
     output: Annotated[Path, _output(help="Folder for final weights, metrics and logs.")]
     eval_steps: Annotated[int | None, _output(min=1, help="Held-out loss every N steps too.")] = None
     save_steps: Annotated[int | None, _output(min=1, help="Checkpoint every N steps too.")] = None

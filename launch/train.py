@@ -228,7 +228,7 @@ def optimizer_and_settings(options: Options) -> tuple[type, dict[str, Any]]:
 
 
 def find_checkpoint(options: Options) -> str | None:
-    """Checkpoint folder to resume from.
+    """Checkpoint folder to resume from; None to start anew.
 
     Raises:
         UserError: there is none, or the run is finished.
@@ -239,13 +239,15 @@ def find_checkpoint(options: Options) -> str | None:
 
     if options.resume == "last":
         checkpoint = last_complete_checkpoint(options.output, options.steps)
-    else:
-        checkpoint = Path(options.resume)
-    if checkpoint is None or not (checkpoint / "trainer_state.json").is_file():
+        if checkpoint is None:
+            console.print(f"No checkpoint with steps left in {options.output}: starting anew.")
+        return checkpoint and str(checkpoint)
+    checkpoint = Path(options.resume)
+    if not (checkpoint / "trainer_state.json").is_file():
         raise UserError(f"--resume {options.resume}: no checkpoint found (was the run started with --save-steps?)")
     if not has_steps_left(checkpoint, options.steps):
         raise UserError(f"--resume {options.resume}: that run is finished; give more --steps to go on")
-    return str(checkpoint)
+    return options.resume
 
 
 def main(**values: Any) -> None:
