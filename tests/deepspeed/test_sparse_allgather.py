@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from microadam_dist import ConfigError, MicroAdam
-from microadam_dist.engines import deepspeed_sparse
-from microadam_dist.engines.deepspeed_sparse import apply_, encode
+from microadam_dist.engines import changes
+from microadam_dist.engines.changes import apply_, encode
 from tests.deepspeed.engines import (
     SETTINGS,
     base_optimizer,
@@ -217,7 +217,7 @@ def _train_variants(rank: int, world_size: int) -> list[tuple[int, int]]:
     import deepspeed.runtime.zero.stage_1_and_2 as stage_1_and_2
 
     results = []
-    deepspeed_sparse.PIECE_NUMEL = 10001
+    changes.PIECE_NUMEL = 10001
     for stage, dtype_name, extra in VARIANTS:
         dtype = getattr(torch, dtype_name)
         dense, sparse = (

@@ -34,6 +34,7 @@ ALLOWED = {
     "backends*": f"{CORE} state backends*",
     "engines.base": "errors layout",
     "engines.deepspeed": "errors layout engines.base engines.deepspeed_sparse",
+    "engines.deepspeed_sparse": "errors engines.changes",
     "engines*": "errors layout engines.base",
     "checkpoint*": f"{CORE} state quantization checkpoint*",
     "diagnostics*": f"{CORE} state quantization backends* diagnostics*",
