@@ -10,6 +10,8 @@ Shapes: B blocks of n elements, k kept in each, q buckets of ``bucket_size`` ele
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,8 @@ def microadam_step_(blocks: BlockViews, layout: StateLayout, num_kept: int, step
     """One step on B blocks. In place: parameter, codes, bucket ranges and window; the gradient is only read.
 
     Args:
-        blocks: Views of the blocks, all of one length.
+        blocks: Views of the blocks, all of one length. Without a gradient their newest slot is in the window already,
+            put there by another rank, and only the weights are updated.
         layout: Gives bucket size, code width and window size.
         num_kept: k.
         step: Steps taken before this one.
@@ -32,8 +35,37 @@ def microadam_step_(blocks: BlockViews, layout: StateLayout, num_kept: int, step
     Returns:
         Number of blocks skipped because their accumulator is not finite, 0-dim int64.
     """
-    param = blocks.param.flatten(0, 1).float()  # (B, n)
-    grad = blocks.grad.flatten(0, 1).float()
+    window_size = layout.config.window_size
+    newest = step % window_size
+    if blocks.grad is None:
+        finite = torch.ones(blocks.param.shape[:2].numel(), 1, dtype=torch.bool, device=blocks.param.device)
+        slots = []
+    else:
+        indices, values, finite = keep_largest_(blocks, blocks.grad, layout, num_kept, scalars)
+        slots = [(indices, values.float())]  # by age, 0 = newest
+        if blocks.indices is not None and blocks.values is not None:  # slot = step mod window_size
+            blocks.indices[:, :, newest] = indices.view(*blocks.indices.shape[:2], num_kept).short()
+            blocks.values[:, :, newest] = values.view(*blocks.values.shape[:2], num_kept)
+    if blocks.indices is not None and blocks.values is not None:
+        for age in range(len(slots), len(scalars.m_weights)):
+            slot = (step - age) % window_size
+            index, value = blocks.indices[:, :, slot].flatten(0, 1), blocks.values[:, :, slot].flatten(0, 1)
+            slots.append((index.long(), value.float()))
+    update_weights_(blocks.param, slots, finite, scalars)
+    return (~finite).sum()
+
+
+def keep_largest_(
+    blocks: BlockViews, grad: Tensor, layout: StateLayout, num_kept: int, scalars: StepScalars
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Top-K of gradient and error. In place: codes and bucket ranges take what is left.
+
+    Returns:
+        indices: (B, k) int64, ascending.
+        values: (B, k) bf16.
+        finite: (B, 1) bool; a block where it is false is skipped.
+    """
+    grad = grad.flatten(0, 1).float()  # (B, n)
 
     # a = g * grad_scale + (codes * step_q + lo)
     accumulator = grad * scalars.grad_scale
@@ -43,13 +75,13 @@ def microadam_step_(blocks: BlockViews, layout: StateLayout, num_kept: int, step
             blocks.bucket_lo.flatten(0, 1).float(),
             blocks.bucket_hi.flatten(0, 1).float(),
             layout,
-            numel=param.shape[1],
+            numel=grad.shape[1],
         )
 
     # key = |bf16(a)|;  I = the k largest keys, ties to the lowest index, ascending;  V = bf16(a[I])
     rounded = accumulator.bfloat16()
     finite = (rounded.abs() < MAGNITUDE_LIMIT).all(dim=1, keepdim=True)
-    indices = largest_magnitudes(rounded, num_kept)  # (B, k)
+    indices = largest_magnitudes(rounded, num_kept)
     # The slot of a skipped block is stored empty: zeros at the first k places, which add nothing anywhere.
     indices = torch.where(finite, indices, torch.arange(num_kept, device=indices.device))
     values = torch.where(finite, rounded.gather(1, indices), 0)
@@ -61,22 +93,25 @@ def microadam_step_(blocks: BlockViews, layout: StateLayout, num_kept: int, step
         _assign_where_(blocks.codes, finite, codes)
         _assign_where_(blocks.bucket_lo, finite, bucket_lo)
         _assign_where_(blocks.bucket_hi, finite, bucket_hi)
+    return indices, values, finite
 
-    # slot = step mod window_size
-    slots = [(indices, values.float())]  # by age, 0 = newest
-    if blocks.indices is not None and blocks.values is not None:
-        window_size = layout.config.window_size
-        newest = step % window_size
-        blocks.indices[:, :, newest] = indices.view(*blocks.indices.shape[:2], num_kept).short()
-        blocks.values[:, :, newest] = values.view(*blocks.values.shape[:2], num_kept)
-        for age in range(1, len(scalars.m_weights)):
-            slot = (step - age) % window_size
-            index, value = blocks.indices[:, :, slot].flatten(0, 1), blocks.values[:, :, slot].flatten(0, 1)
-            slots.append((index.long(), value.float()))
+
+def update_weights_(
+    param: Tensor, slots: Sequence[tuple[Tensor, Tensor]], finite: Tensor, scalars: StepScalars
+) -> None:
+    """Moments from the window, and the update. In place: ``param`` (rows, cols, n).
+
+    Args:
+        param: The blocks' weights, B = rows * cols.
+        slots: (B, k) int64 indices and (B, k) fp32 values of the valid slots by age, 0 = newest.
+        finite: (B, 1) bool; the weights of other blocks stay as they are.
+        scalars: The scalars of this step.
+    """
+    new = param.flatten(0, 1).float()  # (B, n)
 
     # M = sum b1^r V_r,  V = sum b2^r V_r^2, oldest to newest; indices are unique inside a slot
-    m_sum, v_sum = torch.zeros_like(param), torch.zeros_like(param)
-    touched = torch.zeros_like(param, dtype=torch.bool)
+    m_sum, v_sum = torch.zeros_like(new), torch.zeros_like(new)
+    touched = torch.zeros_like(new, dtype=torch.bool)
     for age in reversed(range(len(slots))):
         index, value = slots[age]
         m_sum.scatter_(1, index, m_sum.gather(1, index) + value * scalars.m_weights[age])
@@ -85,10 +120,9 @@ def microadam_step_(blocks: BlockViews, layout: StateLayout, num_kept: int, step
 
     # p = p * (1 - lr*wd);  p[touched] -= lr * (m / (eps + sqrt(v)))
     update = adam_direction(m_sum * scalars.m_factor, v_sum * scalars.v_factor, scalars.eps) * scalars.lr
-    param = param * scalars.decay
-    param = torch.where(touched, param - update, param)
-    _assign_where_(blocks.param, finite, param)
-    return (~finite).sum()
+    new = new * scalars.decay
+    new = torch.where(touched, new - update, new)
+    _assign_where_(param, finite, new)
 
 
 def adamw_step_(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scalars: StepScalars) -> Tensor:

@@ -41,15 +41,15 @@ class BlockViews:
 
     Attributes:
         param: (rows, cols, numel), dtype of the parameter.
-        grad: (rows, cols, numel), dtype of the gradient.
-        codes: (rows, cols, code_bytes) uint8, or None without error feedback.
-        bucket_lo, bucket_hi: (rows, cols, num_buckets) bf16, or None without error feedback.
+        grad: (rows, cols, numel), dtype of the gradient, or None where only the weights are updated.
+        codes: (rows, cols, code_bytes) uint8, or None without error feedback or gradient.
+        bucket_lo, bucket_hi: (rows, cols, num_buckets) bf16, likewise.
         indices: (rows, cols, window_size, num_kept) int16, or None when no window is stored.
         values: (rows, cols, window_size, num_kept) bf16, or None when no window is stored.
     """
 
     param: Tensor
-    grad: Tensor
+    grad: Tensor | None
     codes: Tensor | None
     bucket_lo: Tensor | None
     bucket_hi: Tensor | None
@@ -58,7 +58,7 @@ class BlockViews:
 
 
 def block_views(
-    layout: StateLayout, run: BlockRun, param: Tensor, grad: Tensor, state: Mapping[str, Tensor], rows: range
+    layout: StateLayout, run: BlockRun, param: Tensor, grad: Tensor | None, state: Mapping[str, Tensor], rows: range
 ) -> BlockViews:
     """Views of the blocks in ``rows`` of ``run``.
 
@@ -66,7 +66,7 @@ def block_views(
         layout: The layout ``run`` comes from.
         run: Blocks of equal length.
         param: Flat, contiguous local tensor.
-        grad: Its gradient, flat and contiguous.
+        grad: Its gradient, flat and contiguous, or None.
         state: The flat state tensors, by name.
         rows: Consecutive rows of the run.
     """
@@ -78,10 +78,10 @@ def block_views(
             tensor.storage_offset() + extent.start + rows.start * extent.row_stride,
         )
 
-    has_error_feedback = layout.config.ef_bits > 0
+    has_error_feedback = layout.config.ef_bits > 0 and grad is not None
     return BlockViews(
         param=view(param, run.elements),
-        grad=view(grad, run.elements),
+        grad=None if grad is None else view(grad, run.elements),
         codes=view(state["codes"], run.codes) if has_error_feedback else None,
         bucket_lo=view(state["bucket_lo"], run.buckets) if has_error_feedback else None,
         bucket_hi=view(state["bucket_hi"], run.buckets) if has_error_feedback else None,

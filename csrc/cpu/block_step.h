@@ -22,8 +22,9 @@ inline void with_type(void* array, int32_t dtype, const F& f) {
   }
 }
 
-// One MicroAdam step on a block: one pass over its memory, the phases in the order of the algorithm.
-bool block_step(const Block& block, const Step& step, const Scratch& s) {
+// Top-K of gradient and error: the newest slot, and what is left as the new error. Returns false where the accumulator is
+// not finite.
+bool keep_largest(const Block& block, const Step& step, const Scratch& s) {
   with_type(const_cast<void*>(block.grad), step.grad_dtype,
             [&](const auto* grad) { accumulate(grad, block, step, s); });
   const bool finite = largest_magnitudes(block, step, s);
@@ -34,6 +35,17 @@ bool block_step(const Block& block, const Step& step, const Scratch& s) {
     empty_slot(block, s);
   }
   store_slot(block, step, s);
+  return finite;
+}
+
+// One MicroAdam step on a block: one pass over its memory, the phases in the order of the algorithm.
+bool block_step(const Block& block, const Step& step, const Scratch& s) {
+  bool finite = true;
+  if (block.grad != nullptr) {
+    finite = keep_largest(block, step, s);
+  } else {
+    load_slot(block, step, s);
+  }
   with_type(block.param, step.param_dtype, [&](auto* param) {
     if (finite) update_weights(param, block, step, s);
     if (block.param_copy != nullptr) convert(block.param_copy, param, block.numel);

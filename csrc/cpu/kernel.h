@@ -15,7 +15,7 @@ constexpr int kPad = 2 * kTile;  // elements that vector code may touch beyond t
 // One Top-K block.
 struct Block {
   void* param;
-  const void* grad;
+  const void* grad;  // null: the newest slot is in the window already, only the weights are updated
   Bf16* param_copy;  // null: not wanted
   uint8_t* codes;
   Bf16 *bucket_lo, *bucket_hi;

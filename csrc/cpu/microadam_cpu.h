@@ -15,7 +15,7 @@ extern "C" {
 #define MICROADAM_API __attribute__((visibility("default")))
 
 /* Raised with every change of a structure or a signature below. */
-#define MICROADAM_CPU_ABI_VERSION 1
+#define MICROADAM_CPU_ABI_VERSION 2
 
 enum microadam_dtype { MICROADAM_FP32 = 0, MICROADAM_BF16 = 1, MICROADAM_FP16 = 2 };
 
@@ -47,7 +47,8 @@ typedef struct {
   int64_t newest_slot; /* step mod window_size */
 } microadam_scalars;
 
-/* One local tensor. Pointers to what a tensor does not have are null. */
+/* One local tensor. Pointers to what a tensor does not have are null. Without a gradient the newest slot is in the window
+ * already, only the weights of the blocks are updated, and dense runs are passed over. */
 typedef struct {
   void* param;
   const void* grad;

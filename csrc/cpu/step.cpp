@@ -59,7 +59,7 @@ void plan(Call& call, const microadam_tensor* tensors, int64_t num_tensors) {
       max_kept = std::max(max_kept, run.num_kept);
       max_buckets = std::max(max_buckets, divide_up(run.numel, bucket_size));
     }
-    for (int64_t i = 0; i < tensor->num_dense_runs; ++i) {
+    for (int64_t i = 0; i < tensor->num_dense_runs && tensor->grad != nullptr; ++i) {
       add_job(call, *tensor, nullptr, &tensor->dense_runs[i], tensor->dense_runs[i].numel, kPieceNumel);
     }
   }
@@ -130,11 +130,11 @@ Block locate(const microadam_tensor& tensor, const microadam_block_run& run, int
   const int64_t element = begin(run.elements), slot = begin(run.kept) * window_size;
   Block block;
   block.param = at_element(tensor.param, tensor.param_dtype, element);
-  block.grad = at_element(tensor.grad, tensor.grad_dtype, element);
+  block.grad = tensor.grad == nullptr ? nullptr : at_element(tensor.grad, tensor.grad_dtype, element);
   block.param_copy = at(bf16(tensor.param_copy), element);
-  block.codes = tensor.codes + begin(run.codes);
-  block.bucket_lo = bf16(tensor.bucket_lo) + begin(run.buckets);
-  block.bucket_hi = bf16(tensor.bucket_hi) + begin(run.buckets);
+  block.codes = at(tensor.codes, begin(run.codes));
+  block.bucket_lo = at(bf16(tensor.bucket_lo), begin(run.buckets));
+  block.bucket_hi = at(bf16(tensor.bucket_hi), begin(run.buckets));
   block.indices = at(tensor.indices, slot);
   block.values = at(bf16(tensor.values), slot);
   block.numel = static_cast<int>(run.numel);

@@ -26,6 +26,14 @@ inline void store_slot(const Block& block, const Step& step, const Scratch& s) {
   memcpy(block.values + start, s.values, nbytes);
 }
 
+// Copies the newest slot out of the window.
+inline void load_slot(const Block& block, const Step& step, const Scratch& s) {
+  const int64_t start = step.scalars->newest_slot * block.num_kept;
+  const size_t nbytes = static_cast<size_t>(block.num_kept) * sizeof(uint16_t);
+  memcpy(s.indices, block.indices + start, nbytes);
+  memcpy(s.values, block.values + start, nbytes);
+}
+
 // What a skipped block stores: zeros at the first k places.
 inline void empty_slot(const Block& block, const Scratch& s) {
   for (int i = 0; i < block.num_kept; ++i) s.indices[i] = static_cast<uint16_t>(i);

@@ -20,7 +20,8 @@ class TensorStep:
 
     Attributes:
         param: (numel,) fp32, bf16 or fp16, contiguous; updated in place.
-        grad: (numel,) any float dtype, contiguous; only read.
+        grad: (numel,) any float dtype, contiguous; only read. None: only the weights are updated, from a window whose
+            newest slot has been put there, and ``state`` needs no more than that window; not for the dense path.
         state: The flat state tensors named in ``layout.tensors``; updated in place.
         layout: Where the blocks lie in all of these.
         step: Steps this tensor has taken before.
@@ -29,7 +30,7 @@ class TensorStep:
     """
 
     param: Tensor
-    grad: Tensor
+    grad: Tensor | None
     state: Mapping[str, Tensor]
     layout: StateLayout
     step: int

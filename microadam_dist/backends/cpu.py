@@ -23,7 +23,7 @@ from ..layout import BlockRun, Extent, StateLayout
 from ..scalars import StepScalars
 from .base import TensorStep
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 LIBRARY_NAME = "libmicroadam_cpu.so"
 ISAS = {"portable": 0, "avx2": 1, "avx512": 2}  # slowest first
 
@@ -148,7 +148,10 @@ class CpuBackend:
         for tensor in tensors[:1]:
             self.check(config, tensor.param.device)
         scalars = {step: _scalars(step, config, grad_scale) for step in {tensor.step for tensor in tensors}}
-        grads = [tensor.grad if tensor.grad.dtype in _DTYPES else tensor.grad.float() for tensor in tensors]
+        grads = [
+            tensor.grad if tensor.grad is None or tensor.grad.dtype in _DTYPES else tensor.grad.float()
+            for tensor in tensors
+        ]
         table = (_Tensor * len(tensors))(
             *(
                 self._row(tensor, grad, scalars[tensor.step])
@@ -163,12 +166,12 @@ class CpuBackend:
             raise MemoryError("the CPU kernel could not allocate its scratch memory, less than 1 MB a thread.")
         return int(num_skipped)
 
-    def _row(self, tensor: TensorStep, grad: Tensor, scalars: _Scalars) -> _Tensor:
+    def _row(self, tensor: TensorStep, grad: Tensor | None, scalars: _Scalars) -> _Tensor:
         runs = self._runs_of(tensor.layout)
         copy, state = tensor.param_copy, tensor.state
         return _Tensor(
             tensor.param.data_ptr(),
-            grad.data_ptr(),
+            None if grad is None else grad.data_ptr(),
             None if copy is None else copy.data_ptr(),
             *(state[name].data_ptr() if name in state else None for name in _STATE_NAMES),
             runs.blocks,
@@ -177,7 +180,7 @@ class CpuBackend:
             len(runs.blocks),
             len(runs.dense),
             _DTYPES[tensor.param.dtype],
-            _DTYPES[grad.dtype],
+            _DTYPES[tensor.param.dtype if grad is None else grad.dtype],
         )
 
     def _runs_of(self, layout: StateLayout) -> _Runs:

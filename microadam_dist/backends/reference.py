@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..algorithm import adamw_step_, microadam_step_
 from ..config import MicroAdamConfig
-from ..layout import BlockRun
+from ..layout import DENSE_TENSORS, BlockRun, DenseRun
 from ..scalars import StepScalars
 from ..state import block_views
 from .base import TensorStep
@@ -35,23 +35,20 @@ class ReferenceBackend:
                 for rows in _chunks(run):
                     blocks = block_views(tensor.layout, run, tensor.param, tensor.grad, tensor.state, rows)
                     skipped.append(microadam_step_(blocks, tensor.layout, run.num_kept, tensor.step, scalars))
-            for dense in tensor.layout.dense_runs:
-                local = slice(dense.start, dense.start + dense.numel)
-                moments = slice(dense.state_start, dense.state_start + dense.numel)
-                skipped.append(
-                    adamw_step_(
-                        tensor.param[local],
-                        tensor.grad[local],
-                        tensor.state["exp_avg"][moments],
-                        tensor.state["exp_avg_sq"][moments],
-                        scalars,
-                    )
-                )
+            if tensor.grad is not None:
+                skipped += [self._dense_step(tensor, tensor.grad, dense, scalars) for dense in tensor.layout.dense_runs]
             if tensor.param_copy is not None:
                 for span in tensor.layout.spans:
                     local = slice(span.offset, span.offset + span.numel)
                     tensor.param_copy[local] = tensor.param[local]
         return int(torch.stack(skipped).sum()) if skipped else 0
+
+    @staticmethod
+    def _dense_step(tensor: TensorStep, grad: Tensor, dense: DenseRun, scalars: StepScalars) -> Tensor:
+        local = slice(dense.start, dense.start + dense.numel)
+        moments = slice(dense.state_start, dense.state_start + dense.numel)
+        exp_avg, exp_avg_sq = (tensor.state[name][moments] for name in DENSE_TENSORS)
+        return adamw_step_(tensor.param[local], grad[local], exp_avg, exp_avg_sq, scalars)
 
 
 def _chunks(run: BlockRun) -> Iterator[range]:

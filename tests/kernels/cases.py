@@ -202,3 +202,27 @@ def run_case(case: Case, backend: Backend) -> list[Snapshot]:
         assert torch.equal(grad.view(torch.uint8), before.view(torch.uint8)), "the gradient was overwritten"
         snapshots.append(Snapshot(param.clone(), {name: t.clone() for name, t in state.items()}, num_nonfinite))
     return snapshots
+
+
+def replay_case(case: Case, backend: Backend) -> None:
+    """Another rank's weights, updated from its window alone, are the same bits; a skipped step is not replayed."""
+    param, grads = make_inputs(case)
+    replica = param.clone()
+    layout = case.layout
+    state = allocate_state(layout, param.device)
+    window = {name: state[name] for name in ("indices", "values")}  # of the rank that has the gradient
+    for step, grad in enumerate(grads):
+        num_nonfinite = backend.step([TensorStep(param, grad, state, layout, step)], case.config, case.grad_scale)
+        if num_nonfinite:
+            replica.copy_(param)
+            continue
+        before = {name: tensor.clone() for name, tensor in window.items()}
+        assert backend.step([TensorStep(replica, None, window, layout, step)], case.config, case.grad_scale) == 0
+        assert all(torch.equal(window[name].view(torch.uint8), before[name].view(torch.uint8)) for name in window)
+        for run in layout.dense_runs:  # has no window; travels as it is
+            replica[run.start : run.start + run.numel] = param[run.start : run.start + run.numel]
+        assert torch.equal(replica.view(torch.uint8), param.view(torch.uint8)), f"step {step}"
+
+
+def is_replayed(case: Case) -> bool:
+    return case.config.window_size > 1 and "indices" in case.layout.tensors

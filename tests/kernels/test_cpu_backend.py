@@ -22,7 +22,21 @@ from microadam_dist.errors import BackendUnavailableError, ConfigError
 from microadam_dist.layout import ShardSpan, StateLayout
 from microadam_dist.state import allocate_state
 
-from .cases import BF16, CASES, FP16, FP32, Case, Snapshot, constant, nonfinite, run_case, ties, whole
+from .cases import (
+    BF16,
+    CASES,
+    FP16,
+    FP32,
+    Case,
+    Snapshot,
+    constant,
+    is_replayed,
+    nonfinite,
+    replay_case,
+    run_case,
+    ties,
+    whole,
+)
 
 
 def _isas() -> list[str]:
@@ -109,6 +123,12 @@ def test_every_16_bit_weight(shape: tuple[int, ...], dtype: torch.dtype, decay: 
             backend.step([TensorStep(param, grad, state, layout, step)], config, 2.0**-20)
         results.append([param, *state.values()])
     assert all(same_bits(expected, actual) for expected, actual in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_weights_follow_from_the_window(isa: str) -> None:
+    for case in filter(is_replayed, CPU_CASES):
+        replay_case(case, CpuBackend(isa))
 
 
 def _many_tensors(backend: Backend, num_calls: int, one_by_one: bool) -> list[Tensor]:

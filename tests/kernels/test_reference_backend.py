@@ -10,7 +10,7 @@ from microadam_dist.backends.base import TensorStep
 from microadam_dist.backends.reference import ReferenceBackend
 from microadam_dist.state import allocate_state
 
-from .cases import CASES, Case, make_inputs, run_case
+from .cases import CASES, Case, is_replayed, make_inputs, replay_case, run_case
 from .oracle import ScalarMicroAdam
 
 
@@ -26,6 +26,11 @@ def test_reference_is_bit_identical_to_the_oracle(case: Case) -> None:
         np.testing.assert_array_equal(got.param.float().numpy(), expected, err_msg=f"param, step {step}")
         for name, values in _flat_state(oracle, case).items():
             np.testing.assert_array_equal(_numbers(got.state[name], name, case), values, err_msg=f"{name}, step {step}")
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if is_replayed(case)], ids=str)
+def test_weights_follow_from_the_window(case: Case) -> None:
+    replay_case(case, ReferenceBackend())
 
 
 def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
