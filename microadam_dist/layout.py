@@ -34,6 +34,7 @@ SPARSE_DTYPES = {
     "indices": "uint8",
     "values": "bfloat16",
 }
+WINDOW_TENSORS = ("indices", "values")
 DENSE_TENSORS = ("exp_avg", "exp_avg_sq")
 INDEX_BYTES = 2  # 16-bit, stored as uint8 because neither gloo nor NCCL carries int16
 
@@ -374,8 +375,24 @@ class StateLayout:
         rows = span.numel // max(span.row_numel, 1)
         if span.is_dense:
             return dict.fromkeys(self.tensors, (rows, *span.global_shape[1:]) if span.global_shape else ())
-        row = Band(0, 1, span.row_numel, self.grid(span).segments(0, span.row_numel))
-        return {name: (rows, numel) for name, numel in self._sparse_numels(self._row_size(row)).items()}
+        row_size = self._row_size(self._whole_row(span))
+        return {name: (rows, numel) for name, numel in self._sparse_numels(row_size).items()}
+
+    def slot_columns(self, slot: int) -> list[slice]:
+        """Where one slot of the window lies in every row of ``values``, in the shape `shapes` says; block after block.
+
+        For whole rows of one parameter on the Top-K path. ``indices``, seen as 16-bit numbers, has the same shape.
+        """
+        columns, start = [], 0
+        for segment in self._whole_row(self.spans[0]).segments:
+            num_kept = self.config.num_kept(segment.numel)
+            for _ in range(segment.cols):
+                columns.append(slice(start + slot * num_kept, start + (slot + 1) * num_kept))
+                start += self.config.window_size * num_kept
+        return columns
+
+    def _whole_row(self, span: ShardSpan) -> Band:
+        return Band(0, 1, span.row_numel, self.grid(span).segments(0, span.row_numel))
 
     def _sparse_numels(self, size: StateSize) -> dict[str, int]:
         """Elements of every tensor of the Top-K path that blocks of this size take."""
@@ -401,8 +418,16 @@ class StateLayout:
         return sum(self.tensors[name][1] * DTYPE_BYTES[self.tensors[name][0]] for name in names)
 
 
-# How engines cut parameters. What a rank really holds is read from the engine (`engines`); these rules, of DeepSpeed
-# 0.19.8, say it beforehand: for the planner, and to write a checkpoint for ranks that do not run.
+# How engines cut parameters. What a rank really holds is read from the engine (`engines`); these rules, of torch 2.13
+# and DeepSpeed 0.19.8, say it beforehand: for the planner, to know what other ranks hold, and to write a checkpoint for
+# ranks that do not run.
+
+
+def row_share(num_rows: int, world_size: int, rank: int) -> tuple[int, int]:
+    """Shard(0) of a DTensor: first row of a rank, and the one after its last."""
+    share = -(-num_rows // world_size)
+    first = min(share * rank, num_rows)
+    return first, min(first + share, num_rows)
 
 
 @dataclass(frozen=True)

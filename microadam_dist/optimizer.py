@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from typing import Any, NamedTuple, overload
 
@@ -17,7 +18,17 @@ from .backends.base import TensorStep, select_backend
 from .checkpoint.format import LAYOUT_KEY, describe_layouts, read_layouts
 from .checkpoint.match import match_groups, match_names, match_spans, match_tensors, state_dict_parts
 from .config import SETTING_NAMES, STRUCTURAL_SETTINGS, MicroAdamConfig, reject_unknown_settings
-from .engines.base import NamedParameter, Shard, Slot, any_rank, engines, find_shard, process_rank
+from .engines.base import (
+    ExchangedBytes,
+    NamedParameter,
+    Shard,
+    Slot,
+    any_rank,
+    engines,
+    find_shard,
+    process_rank,
+    row_exchange,
+)
 from .errors import ConfigError, MicroAdamError, UnsupportedLayoutError
 from .layout import DENSE_TENSORS, StateLayout
 from .state import allocate_state, flatten_state, shape_state
@@ -34,21 +45,6 @@ class StateBytes(NamedTuple):
     dense_bytes: int
 
 
-@dataclass
-class ExchangedBytes:
-    """What this rank has handed to the collectives that pass its new weights on, so far.
-
-    Counted with ``sparse_allgather`` only; every collective counts once, whatever the number of receivers.
-
-    Attributes:
-        sent: With padding, headers and dense gathers.
-        dense: What it would have been with dense gathers alone.
-    """
-
-    sent: int = 0
-    dense: int = 0
-
-
 class MicroAdam(Optimizer):
     """Adam with about one byte of state a parameter.
 
@@ -56,7 +52,7 @@ class MicroAdam(Optimizer):
     at every step. Vectors and small matrices (norms, biases) take AdamW with fp32 moments.
 
     Args:
-        params: Parameters, named parameters or param groups; fp32, bf16 or fp16. Every setting but the last two may be
+        params: Parameters, named parameters or param groups; fp32, bf16 or fp16. The settings up to ``ef_bits`` may be
             given per group.
         lr, betas, eps, weight_decay: As in `torch.optim.AdamW`.
         window_size: Number of sparse gradients kept (``m`` in the paper). 1 stores no window at all.
@@ -67,6 +63,10 @@ class MicroAdam(Optimizer):
         backend: ``"auto"`` or the name of a backend; a named one never falls back to another.
         sparse_allgather: Under DeepSpeed ZeRO-1, 2: after the step send only the weights that changed, see
             `engines.deepspeed_sparse`; the bytes are counted in ``exchanged_bytes``. The weights are the same.
+        shard_state: Under DDP: true, a process group or a 1-D DeviceMesh whose ranks share the state. Each steps some
+            rows of every parameter, and gets the other rows from the rank that steps them. The weights are the same.
+        weight_exchange: With ``shard_state``, what travels: ``"touched"``, the weights that changed, or ``"newest"``,
+            the newest Top-K, which is less but replicates the window; see `engines.row_exchange`.
 
     Raises:
         ConfigError: A setting is unknown or outside its range, or a parameter has an unsupported dtype.
@@ -92,6 +92,8 @@ class MicroAdam(Optimizer):
         ef_bits: int = 4,
         backend: str = "auto",
         sparse_allgather: bool = False,
+        shard_state: Any = False,
+        weight_exchange: str = "touched",
         **unknown: Any,
     ) -> None:
         reject_unknown_settings(unknown)
@@ -111,6 +113,7 @@ class MicroAdam(Optimizer):
             raise ConfigError(f"sparse_allgather={sparse_allgather!r}: expected true or false.")
         self.sparse_allgather = sparse_allgather
         self.exchanged_bytes = ExchangedBytes()
+        self._exchange = row_exchange(shard_state, weight_exchange, self.exchanged_bytes)
         self._backend = select_backend(backend)
         self._constructed: list[list[NamedParameter]] = []
         self._shards: dict[Tensor, Shard] = {}  # how the data of a tensor is reached; found with its layout
@@ -138,6 +141,8 @@ class MicroAdam(Optimizer):
                 if param.dtype not in _PARAM_DTYPES:
                     raise ConfigError(f"parameter {name!r} is {param.dtype}; MicroAdam trains fp32, bf16, fp16.")
                 self._backend.check(config, param.device)
+            if self._exchange is not None:
+                self._exchange.check(config)
         except MicroAdamError:
             self.param_groups.pop()
             raise
@@ -156,6 +161,11 @@ class MicroAdam(Optimizer):
         """Blocks skipped so far on this rank because of a NaN, an Inf or a magnitude of 2**60 in the accumulator."""
         return self._num_nonfinite_blocks
 
+    @property
+    def shards_state(self) -> bool:
+        """Whether the state of replicated parameters is shared by several ranks (``shard_state``)."""
+        return self._exchange is not None
+
     def state_bytes(self) -> StateBytes:
         """State this rank holds now, as allocated (step counters not counted)."""
         totals = [0, 0, 0, 0]
@@ -166,6 +176,8 @@ class MicroAdam(Optimizer):
             dense = sum(nbytes.get(name, 0) for name in DENSE_TENSORS)
             parts = (layout.sparse_numel, sum(nbytes.values()) - dense, layout.dense_numel, dense)
             totals = [total + part for total, part in zip(totals, parts, strict=True)]
+        if self._exchange is not None:
+            totals[1] += self._exchange.replica_bytes
         return StateBytes(*totals)
 
     @overload
@@ -234,6 +246,17 @@ class MicroAdam(Optimizer):
         self._count_nonfinite(self._step_group([param], config, grad_scale=1.0))
 
     def _step_group(self, members: Sequence[Tensor], config: MicroAdamConfig, grad_scale: float) -> int:
+        update = functools.partial(self._update, config=config, grad_scale=grad_scale)
+        if self._exchange is None:
+            return update(members)
+        shared = [p for p in members if self._shards[p].groups]
+        rows = [(self._shards[p], self._layouts[p], self._local_state(p), int(self.state[p]["step"])) for p in shared]
+        replay = functools.partial(self._backend.step, config=config, grad_scale=1.0)
+        num_skipped: int = self._exchange.step(rows, config, update, replay)
+        return num_skipped + update([p for p in members if not self._shards[p].groups])
+
+    def _update(self, members: Sequence[Tensor], config: MicroAdamConfig, grad_scale: float) -> int:
+        """Step this rank's part of these tensors; returns the number of skipped blocks."""
         steps, copies = [], []
         for p in members:
             shard = self._shards[p]
@@ -276,7 +299,8 @@ class MicroAdam(Optimizer):
             for position, tensor in enumerate(group["params"]):
                 if tensor in wanted:
                     config = config or MicroAdamConfig.from_dict(group)
-                    slot = Slot(tensor, group_index, position, len(group["params"]), self._constructed)
+                    size = len(group["params"])
+                    slot = Slot(tensor, group_index, position, size, self._constructed, self._exchange)
                     self._shards[tensor] = find_shard(slot)
                     layouts[tensor] = StateLayout(self._shards[tensor].spans, config)
         return layouts
@@ -327,6 +351,8 @@ class MicroAdam(Optimizer):
         shaped = shape_state(layout, state)
         self.state[p] = {name: tensor if name == "step" else wrap(tensor) for name, tensor in shaped.items()}
         self._layouts[p] = layout
+        if self._exchange is not None:
+            self._exchange.forget(p)
 
     def _local_state(self, p: Tensor) -> dict[str, Tensor]:
         """This rank's part of the state tensors of ``p``, without ``step``."""
@@ -430,6 +456,7 @@ class MicroAdam(Optimizer):
             "_shards",
             "_layouts",
             "_num_nonfinite_blocks",
+            "_exchange",
             "sparse_allgather",
             "exchanged_bytes",
         )

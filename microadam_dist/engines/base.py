@@ -12,7 +12,7 @@ from typing import Any, Protocol, cast
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import CheckpointMismatchError, UnsupportedLayoutError
+from ..errors import CheckpointMismatchError, ConfigError, UnsupportedLayoutError
 from ..layout import ShardSpan
 
 
@@ -62,6 +62,7 @@ class Slot:
         position: Its position in the group.
         group_size: Number of tensors in the group now.
         constructed: What the constructor got, group by group.
+        exchange: A `row_exchange.RowExchange` where state is sharded over parameters that are whole on every rank.
     """
 
     tensor: Tensor
@@ -69,6 +70,7 @@ class Slot:
     position: int
     group_size: int
     constructed: Sequence[Sequence[NamedParameter]]
+    exchange: Any = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,6 +157,22 @@ class Shard:
         return state
 
 
+@dataclass
+class ExchangedBytes:
+    """What this rank has handed to the collectives that pass its new weights on, so far.
+
+    Counted with ``sparse_allgather`` or ``shard_state``; every collective counts once, whatever the number of
+    receivers.
+
+    Attributes:
+        sent: With padding, headers and dense gathers.
+        dense: What it would have been with dense gathers alone.
+    """
+
+    sent: int = 0
+    dense: int = 0
+
+
 class Engine(Protocol):
     """An adapter module."""
 
@@ -170,7 +188,7 @@ class Engine(Protocol):
 
 
 # Asked in this order; the modules import their engine lazily.
-_ENGINES = ("dtensor", "local", "deepspeed")
+_ENGINES = ("ddp", "dtensor", "local", "deepspeed")
 
 
 def engines() -> list[Engine]:
@@ -193,6 +211,26 @@ def find_shard(slot: Slot) -> Shard:
         "is neither a parameter the optimizer was constructed with nor a shard of a known engine. Construct MicroAdam "
         "with the model's own parameters, and let the engine (DeepSpeed, FSDP2) replace them."
     )
+
+
+def row_exchange(shard_state: Any, weight_exchange: str, counted: ExchangedBytes) -> Any:
+    """How ranks that share the state of replicated parameters pass new weights on; None where they do not.
+
+    Args:
+        shard_state: Setting of the optimizer: false, true, a process group or a DeviceMesh.
+        weight_exchange: Setting of the optimizer: a name.
+        counted: Counts what this rank sends.
+
+    Raises:
+        ConfigError: A setting is invalid, or there are no ranks.
+    """
+    names = {"touched": "TouchedExchange", "newest": "NewestExchange"}
+    if weight_exchange not in names:
+        raise ConfigError(f"weight_exchange={weight_exchange!r}: expected {' or '.join(map(repr, names))}.")
+    if shard_state is None or shard_state is False:
+        return None
+    module = importlib.import_module(".row_exchange", __package__)
+    return getattr(module, names[weight_exchange])(shard_state, counted)
 
 
 @contextlib.contextmanager

@@ -54,6 +54,11 @@ def _hook_initialize() -> None:
         if type(optimizer) not in _known_classes:
             return original(engine, optimizer)
         refuse_unsupported(engine)
+        if optimizer.shards_state:
+            raise ConfigError(
+                "optimizer option shard_state is for DDP; DeepSpeed shards the state itself: remove it, and choose a "
+                "ZeRO stage from 1 on."
+            )
         optimizer.name_parameters(engine.param_names)
         wrapper = original(engine, optimizer)
         if optimizer.sparse_allgather:

@@ -120,11 +120,16 @@ def test_zero3_padding_is_neither_read_nor_written() -> None:
     assert sum(run_ranks(_poison_padding, 4)) > 0
 
 
-def _bad_setting(rank: int, world_size: int) -> str:
-    with pytest.raises(ConfigError) as error:
-        initialize(make_model(), make_config(2, torch.bfloat16, params={"windowsize": 3}))
-    return str(error.value)
+def _bad_settings(rank: int, world_size: int) -> list[str]:
+    messages = []
+    for params in ({"windowsize": 3}, {"shard_state": True}):
+        with pytest.raises(ConfigError) as error:
+            initialize(make_model(), make_config(2, torch.bfloat16, params=params))
+        messages.append(str(error.value))
+    return messages
 
 
-def test_bad_json_setting_is_named_at_initialize() -> None:
-    assert run_ranks(_bad_setting, 1) == ["unknown setting 'windowsize': did you mean 'window_size'?"]
+def test_bad_json_settings_are_named_at_initialize() -> None:
+    ((unknown, not_here),) = run_ranks(_bad_settings, 1)
+    assert unknown == "unknown setting 'windowsize': did you mean 'window_size'?"
+    assert "shard_state is for DDP" in not_here

@@ -57,11 +57,13 @@ def shard(model: nn.Module, **kwargs: Any) -> nn.Module:
     return fully_shard(model, **kwargs)
 
 
-def make_optimizer(model: nn.Module) -> MicroAdam:
-    """Two groups, the second one without a window."""
+def make_optimizer(model: nn.Module, **options: Any) -> MicroAdam:
+    """Two groups, the second one without a window where the options allow it."""
     named = list(model.named_parameters())
-    groups = [{"params": named[:3]}, {"params": named[3:], "window_size": 1, "density": 0.1, "weight_decay": 0.0}]
-    return MicroAdam([group for group in groups if group["params"]], **SETTINGS)
+    window_size = 2 if options.get("weight_exchange") == "newest" else 1
+    other = {"window_size": window_size, "density": 0.1, "weight_decay": 0.0}
+    groups = [{"params": named[:3]}, {"params": named[3:], **other}]
+    return MicroAdam([group for group in groups if group["params"]], **SETTINGS, **options)
 
 
 def gradient(step: int, name: str, dtype: torch.dtype = torch.float32) -> Tensor:

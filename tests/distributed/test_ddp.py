@@ -31,3 +31,30 @@ def test_ranks_and_one_process_agree_in_every_bit() -> None:
         for tensors in run_ranks(_train, world_size):
             assert len(tensors) == len(alone) > 20
             assert all(torch.equal(*pair) for pair in zip(tensors, alone, strict=True))
+
+
+def _train_zero_redundancy(rank: int, world_size: int) -> list[Tensor]:
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model = make_model()
+    wrapped = DistributedDataParallel(model)
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=MicroAdam, **SETTINGS)
+    for grads in make_gradients(NUM_STEPS):
+        wrapped(grads).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert 0 < sum(map(bool, optimizer.optim.state.values())) < len(list(model.parameters()))
+    optimizer.consolidate_state_dict(to=0)
+    if rank:
+        return [p.detach() for p in model.parameters()]
+    state = optimizer.state_dict()["state"]
+    return [*(p.detach() for p in model.parameters()), *(x for i in sorted(state) for x in state[i].values())]
+
+
+def test_zero_redundancy_optimizer_gives_the_bits_of_one_process() -> None:
+    """It partitions whole parameters; its consolidated state is that of one process."""
+    (alone,) = run_ranks(_train, 1)
+    first, second = run_ranks(_train_zero_redundancy, 2)
+    assert len(first) == len(alone)
+    for tensors in (first, second):
+        assert all(torch.equal(*pair) for pair in zip(tensors, alone, strict=False))

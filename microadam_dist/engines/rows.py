@@ -1,0 +1,89 @@
+"""Shards of whole rows: state tensors are DTensors, one row of state for each row of the parameter.
+
+`torch.distributed.checkpoint` saves and reshards them like a parameter, whichever engine made them.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeGuard
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import CheckpointMismatchError
+from ..layout import ShardSpan
+from .base import Shard
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.placement_types import Placement
+
+
+@dataclass(frozen=True, eq=False)
+class RowShard(Shard):
+    """Whole rows of one parameter, uneven, possibly none.
+
+    Attributes:
+        mesh: The ranks that share the parameter.
+        placements: How they share it: at most one Shard(0).
+    """
+
+    mesh: DeviceMesh
+    placements: tuple[Placement, ...]
+
+    @property
+    def may_be_probed(self) -> bool:
+        """`torch.distributed.checkpoint` does; the ranks agree through `groups`."""
+        return True
+
+    @property
+    def saved_spans(self) -> tuple[ShardSpan, ...]:
+        """A DTensor describes the whole parameter."""
+        (span,) = self.spans
+        return (ShardSpan(span.fqn, span.global_shape, start=0, numel=span.global_numel),)
+
+    @property
+    def groups(self) -> list[dist.ProcessGroup]:
+        """Those of every axis of the mesh."""
+        return [self.mesh.get_group(axis) for axis in range(self.mesh.ndim)]
+
+    def wrap(self, local: Tensor) -> Tensor:
+        """A DTensor with the mesh, the placements and the parameter's number of rows."""
+        from torch.distributed.tensor import DTensor
+        from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+        shape = torch.Size((*self.tensor.shape[:1], *local.shape[1:]))
+        stride = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+        # Not DTensor.from_local: it would move state of parameters that are offloaded to the CPU to the mesh's device.
+        spec = DTensorSpec(self.mesh, self.placements, tensor_meta=TensorMeta(shape, stride, local.dtype))
+        return DTensor(local, spec, requires_grad=False)  # type: ignore[no-untyped-call]
+
+    def unwrap(self, state: Tensor) -> Tensor:
+        """This rank's rows of a DTensor like that; a plain tensor is taken for these rows."""
+        if not is_dtensor(state):
+            return state
+        if (state.device_mesh, state.placements) != (self.mesh, self.placements):
+            raise CheckpointMismatchError(
+                f"state of {self.name!r} is {describe(state)}, expected placements {self.placements} on {self.mesh}. "
+                "Load it with torch.distributed.checkpoint, which reshards."
+            )
+        return state.to_local()
+
+
+def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether it is a DTensor."""
+    # Importing the module takes a second or more; where nobody has imported it there are no DTensors.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def describe(tensor: Tensor) -> str:
+    """Shape and distribution, for messages."""
+    if not is_dtensor(tensor):
+        return f"a plain tensor of shape {tuple(tensor.shape)}"
+    return f"a DTensor of shape {tuple(tensor.shape)} with placements {tensor.placements} on {tensor.device_mesh}"
