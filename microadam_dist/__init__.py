@@ -11,6 +11,7 @@ from .errors import (
 )
 from .gradient_release import GradientRelease, release_gradients
 from .optimizer import MicroAdam, StateBytes
+from .sharded_state import load_sharded, save_sharded
 
 __version__ = "0.1.0"
 
@@ -25,7 +26,9 @@ __all__ = [
     "StateBytes",
     "UnsupportedLayoutError",
     "deepspeed",
+    "load_sharded",
     "release_gradients",
+    "save_sharded",
 ]
 
 deepspeed.register()

@@ -95,6 +95,11 @@ class MicroAdamConfig:
         """
         return math.ceil(Fraction(str(self.density)) * numel)
 
+    @property
+    def structural(self) -> dict[str, Any]:
+        """The settings that decide shapes of state tensors."""
+        return {name: getattr(self, name) for name in STRUCTURAL_SETTINGS}
+
 
 SETTING_NAMES = tuple(field.name for field in dataclasses.fields(MicroAdamConfig))
 

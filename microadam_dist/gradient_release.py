@@ -170,7 +170,7 @@ def _require_same_parameters(model: nn.Module, optimizer: MicroAdam) -> None:
 def _require_final_grad(shard: Shard) -> None:
     if not shard.has_final_grad:
         raise UnsupportedLayoutError(
-            f"the gradient of parameter {shard.name!r} cannot be released: it is a plain tensor, and several "
-            "ranks train together, so its gradient is still to be reduced (DDP, DeepSpeed, by hand) when the backward "
-            "pass has accumulated it. Shard it with fully_shard (FSDP2), or use the normal step."
+            f"the gradient of parameter {shard.name!r} cannot be released: several ranks train together, and it is "
+            "still to be reduced (DDP, FSDP1, DeepSpeed, by hand) when the backward pass has accumulated it. Shard the "
+            "model with fully_shard (FSDP2), or use the normal step."
         )

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from .backends.base import TensorStep, select_backend
-from .checkpoint.format import LAYOUT_KEY, describe_layouts, read_layouts
+from .checkpoint.format import APART, APART_KEY, LAYOUT_KEY, describe_layouts, read_layouts
 from .checkpoint.match import match_groups, match_names, match_spans, match_tensors, state_dict_parts
 from .config import SETTING_NAMES, STRUCTURAL_SETTINGS, MicroAdamConfig, reject_unknown_settings
 from .engines.base import (
@@ -29,7 +29,7 @@ from .engines.base import (
     process_rank,
     row_exchange,
 )
-from .errors import ConfigError, MicroAdamError, UnsupportedLayoutError
+from .errors import CheckpointMismatchError, ConfigError, MicroAdamError, UnsupportedLayoutError
 from .layout import DENSE_TENSORS, StateLayout
 from .state import allocate_state, flatten_state, shape_state
 
@@ -119,6 +119,7 @@ class MicroAdam(Optimizer):
         self._shards: dict[Tensor, Shard] = {}  # how the data of a tensor is reached; found with its layout
         self._layouts: dict[Tensor, StateLayout] = {}
         self._num_nonfinite_blocks = 0
+        self._has_loaded_shards = False  # and has not stepped since
         super().__init__(params, defaults)
         for engine in engines():
             engine.whitelist(type(self))
@@ -257,6 +258,7 @@ class MicroAdam(Optimizer):
 
     def _update(self, members: Sequence[Tensor], config: MicroAdamConfig, grad_scale: float) -> int:
         """Step this rank's part of these tensors; returns the number of skipped blocks."""
+        self._has_loaded_shards = False
         steps, copies = [], []
         for p in members:
             shard = self._shards[p]
@@ -322,10 +324,11 @@ class MicroAdam(Optimizer):
 
     def _is_probe(self, tensors: Sequence[Tensor]) -> bool:
         """Whether a first call is made only to see the state: all gradients are zero, on all ranks that must agree."""
-        shards = [self._shards[p] for p in tensors]
+        # A rank that has nothing to step answers others that have.
+        shards = [self._shards[p] for p in tensors] or list(self.shards().values())
         if not all(shard.may_be_probed for shard in shards):
             return False
-        return not any_rank(any(bool(shard.grad.any()) for shard in shards), shards)
+        return not any_rank(any(bool(self._shards[p].grad.any()) for p in tensors), shards)
 
     def _require_unchanged(self, groups: Iterable[tuple[MicroAdamConfig, Sequence[Tensor]]]) -> None:
         """State is laid out for the settings and the shape it was made for."""
@@ -369,10 +372,17 @@ class MicroAdam(Optimizer):
         """The state as torch's optimizers give it, and under ``"microadam"`` what each tensor's state describes.
 
         With that entry (see `checkpoint.format`) a checkpoint that was written for another sharding is recognized.
+        Under FSDP1 there is a note in the place of the state, see `sharded_state`.
         """
         state_dict = super().state_dict()
-        tensors = chain.from_iterable(group["params"] for group in self.param_groups)
-        layouts = {index: self._saved_layout(p) for index, p in enumerate(tensors) if self.state.get(p)}
+        layouts = {}
+        for index, p in enumerate(chain.from_iterable(group["params"] for group in self.param_groups)):
+            if self.state.get(p) and self._shards[p].is_saved_apart:
+                state_dict["state"][index] = {"step": self.state[p]["step"], APART_KEY: APART}
+                if not p.numel():  # the ranks that hold a part of it know the step
+                    del state_dict["state"][index]
+            elif self.state.get(p):
+                layouts[index] = self._saved_layout(p)
         state_dict[LAYOUT_KEY] = describe_layouts(layouts, *process_rank())
         return state_dict
 
@@ -392,6 +402,10 @@ class MicroAdam(Optimizer):
         tensors = list(chain.from_iterable(group["params"] for group in self.param_groups))
         keys = chain.from_iterable(group["params"] for group in groups)
         loaded = {p: saved_state[key] for p, key in zip(tensors, keys, strict=True) if key in saved_state}
+        if any(APART_KEY in state for state in loaded.values() if isinstance(state, Mapping)):
+            self._require_loaded_apart(loaded)
+            self._load_group_settings(groups)
+            return
 
         layouts = {**self._layouts, **self._find_layouts(loaded)}
         # Tools that pass on "state" and "param_groups" only drop this entry.
@@ -409,14 +423,27 @@ class MicroAdam(Optimizer):
 
         # The base class would cast every tensor to the parameter's dtype, which turns codes and indices into rubbish.
         copies = {p: self._copy_state(p, layouts[p], state) for p, state in loaded.items()}
-        for group, saved in zip(self.param_groups, copy.deepcopy(groups), strict=True):
-            group.update({key: value for key, value in saved.items() if key not in ("params", "param_names")})
+        self._load_group_settings(groups)
         self.state.clear()
         self._layouts = {}
         for p, state in copies.items():
             self._set_state(p, layouts[p], state)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def _load_group_settings(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        for group, saved in zip(self.param_groups, copy.deepcopy(groups), strict=True):
+            group.update({key: value for key, value in saved.items() if key not in ("params", "param_names")})
+
+    def _require_loaded_apart(self, loaded: Mapping[Tensor, Mapping[str, Any]]) -> None:
+        """A note in the place of the state is loaded in silence only right after the state itself."""
+        same = all(int(self.state[p]["step"]) == int(loaded[p]["step"]) for p in loaded if self.state.get(p))
+        if not (self._has_loaded_shards and same):
+            raise CheckpointMismatchError(
+                f"this state dict was saved under FSDP1 and holds no MicroAdam state (it was {APART}): call "
+                "microadam_dist.load_sharded(optimizer, folder) with the folder of the same step, and load this state "
+                "dict after it or not at all."
+            )
 
     def _copy_state(self, p: Tensor, layout: StateLayout, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This rank's part of saved state tensors, flat, on the parameter's device, and ``step``."""
@@ -436,9 +463,14 @@ class MicroAdam(Optimizer):
         """How the data of each tensor in the param groups is reached."""
         return {p: self._shards[p] for p in self.layouts()}
 
+    def flat_state(self, p: Tensor) -> dict[str, Tensor] | None:
+        """This rank's state of a tensor as `layouts` lays it out, and ``step``; None when it has none."""
+        return {"step": self.state[p]["step"], **flatten_state(self._local_state(p))} if self.state.get(p) else None
+
     def load_shards(self, states: Mapping[Tensor, Mapping[str, Tensor] | None]) -> None:
         """Replace the state of tensors by state laid out as `layouts` says; None takes it away."""
         layouts = self.layouts()
+        self._has_loaded_shards = True
         for p, state in states.items():
             if state is None:
                 self._layouts.pop(p, None)
@@ -456,6 +488,7 @@ class MicroAdam(Optimizer):
             "_shards",
             "_layouts",
             "_num_nonfinite_blocks",
+            "_has_loaded_shards",
             "_exchange",
             "sparse_allgather",
             "exchanged_bytes",

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..config import STRUCTURAL_SETTINGS, MicroAdamConfig
+from ..config import MicroAdamConfig
 from ..errors import CheckpointMismatchError, MicroAdamError
 from ..layout import ShardSpan, StateLayout
 
@@ -20,13 +20,17 @@ from ..layout import ShardSpan, StateLayout
 LAYOUT_KEY = "microadam"
 FORMAT = 1
 
+# What stands for the state of a parameter in a state dict without room for it, and what it says there.
+APART_KEY = "microadam_state"
+APART = "saved by microadam_dist.save_sharded"
+
 
 def describe_layouts(layouts: Mapping[int, StateLayout], rank: int, world_size: int) -> dict[str, Any]:
     """The entry for these local tensors, by their position in the param groups; plain ints, strings and lists."""
     tensors = {
         index: {
             "spans": [(s.fqn, s.global_shape, s.start, s.numel, s.offset) for s in layout.spans],
-            "settings": {name: getattr(layout.config, name) for name in STRUCTURAL_SETTINGS},
+            "settings": layout.config.structural,
         }
         for index, layout in layouts.items()
     }

@@ -99,7 +99,11 @@ class Resharder:
             CheckpointMismatchError: A part of a parameter is in no source, or settings or shapes differ.
         """
         pieces = [list(self._cover(span)) for span in layout.spans]
-        steps = [int(p.shard.state["step"]) for cover in pieces for p in cover if p.shard.state is not None]
+        # An empty local tensor has the step of the parameters it has none of.
+        stepped_with = [piece for cover in pieces for piece in cover] or [
+            piece for span in layout.spans for piece in self._pieces.get(span.fqn, ())
+        ]
+        steps = [int(piece.shard.state["step"]) for piece in stepped_with if piece.shard.state is not None]
         if not steps:
             return None
         state = allocate(layout) if allocate else allocate_state(layout, torch.device("cpu"))

@@ -130,6 +130,11 @@ class Shard:
         return tuple(self.tensor.shape) == self.spans[0].global_shape if self.spans else False
 
     @property
+    def is_saved_apart(self) -> bool:
+        """Whether a state dict must not hold the state, because the engine's own checkpoints would fail on it."""
+        return False
+
+    @property
     def saved_spans(self) -> tuple[ShardSpan, ...]:
         """What the state tensors as `wrap` makes them describe."""
         return self.spans
@@ -188,7 +193,7 @@ class Engine(Protocol):
 
 
 # Asked in this order; the modules import their engine lazily.
-_ENGINES = ("ddp", "dtensor", "local", "deepspeed")
+_ENGINES = ("ddp", "dtensor", "fsdp1", "local", "deepspeed")
 
 
 def engines() -> list[Engine]:

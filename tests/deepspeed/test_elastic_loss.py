@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,32 +12,15 @@ import torch.distributed as dist
 import microadam_dist
 from tests.deepspeed.engines import initialize, make_config
 from tests.ranks import run_ranks
+from tests.text import batch, held_out, tiny_llama
 
 pytestmark = pytest.mark.deepspeed
-GLOBAL_BATCH, SEQ_LEN, STEPS = 4, 128, 20
+STEPS = 20
 SETTINGS = {"lr": 4e-3, "window_size": 2, "density": 0.05}
 
 
-def text() -> torch.Tensor:
-    """Bytes of the English texts of `help()`."""
-    from pydoc_data.topics import topics
-
-    return torch.tensor(list("\n".join(topics.values()).encode()), dtype=torch.long)
-
-
-def batch(step: int) -> torch.Tensor:
-    """The same sequences for a step, however many ranks share them: (GLOBAL_BATCH, SEQ_LEN)."""
-    data = text()[:-20_000]
-    starts = torch.randint(len(data) - SEQ_LEN, (GLOBAL_BATCH,), generator=torch.Generator().manual_seed(step))
-    return torch.stack([data[start : start + SEQ_LEN] for start in starts.tolist()])
-
-
 def _train(rank: int, world_size: int, stage: int, first: int, load: str | None, save: str | None) -> float:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = json.loads((Path(__file__).parents[2] / "configs" / "models" / "byte-llama-1m.json").read_text())
-    model = LlamaForCausalLM(LlamaConfig(**{**config, "hidden_size": 64, "intermediate_size": 192}))
+    model = tiny_llama()
     engine: Any = initialize(model, make_config(stage, torch.bfloat16, params=SETTINGS))
     if load is not None:
         microadam_dist.deepspeed.load_checkpoint(engine, load)
@@ -50,9 +32,8 @@ def _train(rank: int, world_size: int, stage: int, first: int, load: str | None,
         engine.step()
     if save is not None:
         engine.save_checkpoint(save)
-    heldout = text()[-20_000:][: 64 * SEQ_LEN].view(64, SEQ_LEN)
     with torch.no_grad():
-        loss = engine(input_ids=heldout, labels=heldout).loss.float()
+        loss = engine(input_ids=held_out(), labels=held_out()).loss.float()
     dist.all_reduce(loss)
     engine.destroy()
     return float(loss) / world_size

@@ -46,6 +46,7 @@ ALLOWED = {
     "_commands": f"{CORE} planner* checkpoint* diagnostics*",
     "gradient_release": "errors engines.base optimizer",
     "integrations*": "*",
+    "sharded_state": f"{CORE} engines.base optimizer checkpoint.dcp",
     "deepspeed": "*",
     "": "*",
 }

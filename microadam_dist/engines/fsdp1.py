@@ -1,0 +1,119 @@
+"""FSDP1 (`FullyShardedDataParallel`, ``use_orig_params=True``): a parameter is a 1-D view of any interval of itself.
+
+FSDP1 lays the parameters of a module one after the other into a flat tensor and cuts it into equal parts, so that shard
+edges fall inside blocks. Its own optimizer checkpoints hold tensors of the parameter's shape and dtype only: the state
+of MicroAdam is saved apart from them, by `save_sharded`.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import UnsupportedLayoutError
+from ..layout import ShardSpan
+from .base import Shard, Slot
+
+# What wrappers add to the names of parameters.
+_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+def find_shard(slot: Slot) -> Shard | None:
+    """One span: the interval of the parameter that is in this rank's part of the flat tensor, possibly empty."""
+    tensor = slot.tensor
+    if getattr(tensor, "_is_flat_param", False):
+        raise UnsupportedLayoutError(
+            "the optimizer got a flat parameter of FullyShardedDataParallel, in which the shapes of the model's "
+            "parameters are lost, and with them their blocks. Wrap the model with use_orig_params=True."
+        )
+    if not getattr(tensor, "_fsdp_flattened", False):
+        return None
+    fqn = next((named.fqn for group in slot.constructed for named in group if named.param is tensor), None)
+    found = _find_handle(tensor)
+    if fqn is None or found is None:
+        raise UnsupportedLayoutError(
+            f"param group {slot.group} holds, at position {slot.position}, a parameter that a FullyShardedDataParallel "
+            "module has flattened and that is not among those MicroAdam was constructed with, or whose module is gone."
+        )
+    for wrapper in _WRAPPERS:
+        fqn = fqn.replace(wrapper, "")
+    handle, index = found
+    return FlatViewShard(tensor, (_span(fqn, handle.flat_param, index),), handle.process_group)
+
+
+def whitelist(optimizer_class: type) -> None:
+    """Nothing to do."""
+
+
+@dataclass(frozen=True, eq=False)
+class FlatViewShard(Shard):
+    """A parameter of FSDP1.
+
+    Attributes:
+        ranks: Those among which it is sharded.
+    """
+
+    ranks: dist.ProcessGroup
+
+    @property
+    def has_final_grad(self) -> bool:
+        """FSDP1 reduces the gradient of the flat parameter after this one is accumulated, whatever the ranks."""
+        return False
+
+    @property
+    def may_be_probed(self) -> bool:
+        """`torch.distributed.checkpoint` does; the ranks agree through `groups`."""
+        return True
+
+    @property
+    def groups(self) -> list[dist.ProcessGroup]:
+        """See `Shard.groups`."""
+        return [self.ranks]
+
+    @property
+    def is_saved_apart(self) -> bool:
+        """A state dict that FSDP1 can save has no room for the state."""
+        return True
+
+
+def _span(fqn: str, flat_param: Any, index: int) -> ShardSpan:
+    for name, shape, is_contiguous in zip(flat_param._fqns, flat_param._shapes, flat_param._contiguities, strict=True):
+        if not is_contiguous:  # asked of all, so that ranks that hold none of it raise, too
+            raise UnsupportedLayoutError(
+                f"parameter {name!r} of shape {tuple(shape)} is not row-major in memory, and FSDP1 flattens it in that "
+                "order: make it contiguous before wrapping the model, or use fully_shard (FSDP2)."
+            )
+    info = flat_param._shard_param_infos[index]
+    start, numel = (info.intra_param_start_idx, info.numel_in_shard) if info.in_shard else (0, 0)
+    return ShardSpan(fqn, tuple(flat_param._shapes[index]), start, numel)
+
+
+# id of a parameter -> the handle of its flat parameter, and the parameter's position there.
+_handles: dict[int, tuple[weakref.ref[Any], int]] = {}
+
+
+def _find_handle(param: Tensor) -> tuple[Any, int] | None:
+    """A parameter does not know the flat parameter it is a view of; the modules of FSDP do."""
+    for _ in range(2):
+        reference, index = _handles.get(id(param), (lambda: None, 0))
+        handle = reference()
+        if handle is not None and handle.flat_param._params[index] is param:
+            return handle, index
+        _index_modules()
+    return None
+
+
+def _index_modules() -> None:
+    fsdp = sys.modules["torch.distributed.fsdp"].FullyShardedDataParallel
+    _handles.clear()
+    for module in [o for o in gc.get_objects() if issubclass(type(o), fsdp)]:
+        handle = module._handle
+        if handle is not None and handle.flat_param._params is not None:
+            reference = weakref.ref(handle)
+            _handles.update({id(param): (reference, i) for i, param in enumerate(handle.flat_param._params)})
