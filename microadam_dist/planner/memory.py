@@ -210,7 +210,7 @@ def make_plan(shape: LlamaShape, job: Job) -> dict[Optimizer, Plan]:
     )
     weights = precision.weight * ranks[0].weight_numel
     master = precision.master * sum(ranks[0].stepped_numels)
-    gradients, step_gradients, step_buffers = _gradients(units, job, ranks[0])
+    gradients, step_gradients, step_buffers = gradient_bytes(units, job, ranks[0])
     offloaded = master + precision.master * ranks[0].grad_numel if job.offload_optimizer else 0
     plans = {}
     for optimizer in Optimizer:
@@ -223,7 +223,7 @@ def make_plan(shape: LlamaShape, job: Job) -> dict[Optimizer, Plan]:
             activations=kept.saved,
             logits=kept.logits,
             working=kept.working,
-            buffers=_buffers(units, job),
+            buffers=buffer_bytes(units, job),
             step_gradients=step_gradients,
             step_buffers=step_buffers,
             host=offloaded + state if job.offload_optimizer else 0,
@@ -231,7 +231,7 @@ def make_plan(shape: LlamaShape, job: Job) -> dict[Optimizer, Plan]:
     return plans
 
 
-def _gradients(units: Sequence[Shapes], job: Job, shards: RankShards) -> tuple[int, int, int]:
+def gradient_bytes(units: Sequence[Shapes], job: Job, shards: RankShards) -> tuple[int, int, int]:
     """Bytes of gradients in the backward pass and in the step, and of copies of gradients in the step."""
     precision, engine = job.precision, job.engine
     in_backward = precision.weight * shards.weight_numel
@@ -260,7 +260,7 @@ def _gradients(units: Sequence[Shapes], job: Job, shards: RankShards) -> tuple[i
     return in_backward, in_backward, buckets
 
 
-def _buffers(units: Sequence[Shapes], job: Job) -> int:
+def buffer_bytes(units: Sequence[Shapes], job: Job) -> int:
     """Bytes an engine adds in the backward pass at most, with its default settings.
 
     ZeRO reduces gradients in a bucket, and ZeRO-3 keeps gathered parameters up to a limit. DDP copies every gradient to

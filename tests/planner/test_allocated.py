@@ -1,4 +1,4 @@
-"""Bytes that real engines and the optimizer allocate on each rank, and how FSDP1 cuts, against the planner's arithmetic.
+"""Bytes that real engines and the optimizer allocate on each rank, and how FSDP1 cuts, against the planner.
 
 DeepSpeed's engines: `tests/deepspeed/test_memory.py`.
 """
@@ -80,7 +80,7 @@ def _fsdp1_intervals(rank: int, world_size: int) -> dict[torch.dtype, Any]:
             setattr(model, name, FSDP(getattr(model, name), **kwargs))
         root = FSDP(model, **kwargs)
         found[dtype] = []
-        for module in (root, getattr(model, "embed"), getattr(model, "few")):
+        for module in (root, *(getattr(model, name) for name in list(SHAPES)[:2])):
             flat = module._handle.flat_param
             infos = zip(flat._fqns, flat._shard_param_infos, strict=True)
             held = [(fqn, i.intra_param_start_idx, i.numel_in_shard) for fqn, i in infos if i.in_shard]

@@ -66,7 +66,10 @@ def test_configuration_of_this_repository() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"model_type": "gpt2"}', r"config.json: model_type 'gpt2' is not supported; supported: llama, mistral, qwen2"),
+        (
+            '{"model_type": "gpt2"}',
+            r"config.json: model_type 'gpt2' is not supported; supported: llama, mistral, qwen2",
+        ),
         ("{}", "model_type None is not supported"),
         (json.dumps({**SIZES, "model_type": "llama"}), "num_attention_heads=None: expected a positive integer"),
         (json.dumps({**SIZES, **CONFIGS["llama"], "vocab_size": "many"}), "vocab_size='many'"),
