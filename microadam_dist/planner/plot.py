@@ -40,7 +40,7 @@ def draw(file: Path, title: str, bars: Mapping[str, Mapping[str, int]]) -> None:
             axes.text(-0.78, gib, f"{nominal_gb} GB GPU", va="bottom", fontsize=8, color="gray")
     axes.set(ylabel="GiB on each rank at the peak", ylim=(0, top), xlim=(-0.8, len(bars) - 0.5))
     figure.suptitle(title, fontsize=10)
-    figure.legend(loc="outside right upper")
+    figure.legend(loc="outside right center")
     try:
         figure.savefig(file, dpi=150)
     except ValueError as error:
