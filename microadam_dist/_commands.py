@@ -13,9 +13,12 @@ from rich.table import Table
 from .checkpoint.deepspeed_reshard import reshard_checkpoint
 from .diagnostics.environment import backends, chosen, versions
 from .errors import MicroAdamError
+from .planner.cli import plan
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 console = Console(stderr=True)
+
+app.command()(plan)
 
 
 @app.callback()

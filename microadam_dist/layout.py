@@ -441,16 +441,45 @@ class FlatShard:
 
 def zero12_shard(shapes: Mapping[str, tuple[int, ...]], world_size: int, rank: int) -> FlatShard:
     """ZeRO-1 and 2: the parameters of a group in a row, padded to a multiple of 2 x ranks, in equal parts."""
-    total = sum(map(math.prod, shapes.values()))
-    share = -(-total // (2 * world_size)) * 2
+    return _flat_shard(shapes, world_size, rank, share_multiple=2)
+
+
+def fsdp1_shard(shapes: Mapping[str, tuple[int, ...]], world_size: int, rank: int, *, alignment: int) -> FlatShard:
+    """FSDP1 with ``use_orig_params``: the parameters of a unit in a row, each beginning at 16 bytes, in equal parts.
+
+    Args:
+        shapes: Name -> shape of the parameters of one unit, in the order of its modules.
+        world_size: Ranks that share the unit.
+        rank: Which one.
+        alignment: Elements in 16 bytes of the dtype in which the unit computes.
+    """
+    return _flat_shard(shapes, world_size, rank, alignment=alignment)
+
+
+def _flat_shard(
+    shapes: Mapping[str, tuple[int, ...]], world_size: int, rank: int, *, alignment: int = 1, share_multiple: int = 1
+) -> FlatShard:
+    begins, total = [], 0
+    for shape in shapes.values():
+        begins.append(-(-total // alignment) * alignment)
+        total = begins[-1] + math.prod(shape)
+    share = -(-total // (share_multiple * world_size)) * share_multiple
     shard_start, shard_end = rank * share, (rank + 1) * share
-    spans, begin = [], 0
-    for fqn, shape in shapes.items():
+    spans = []
+    for (fqn, shape), begin in zip(shapes.items(), begins, strict=True):
         start, end = max(begin, shard_start), min(begin + math.prod(shape), shard_end)
         if start < end:
             spans.append(ShardSpan(fqn, shape, start - begin, end - start, start - shard_start))
-        begin += math.prod(shape)
     return FlatShard(tuple(spans), share, end_padding=min(share, max(0, shard_end - total)))
+
+
+def row_shard(fqn: str, shape: tuple[int, ...], world_size: int, rank: int) -> FlatShard:
+    """FSDP2: as many whole rows on every rank, fewer or none on the last ones, whose tensors are padded."""
+    rows, row_numel = math.prod(shape[:1]), math.prod(shape[1:])  # a scalar is one row
+    first, end = row_share(rows, world_size, rank)
+    span = ShardSpan(fqn, shape, first * row_numel, (end - first) * row_numel)
+    numel = row_share(rows, world_size, 0)[1] * row_numel
+    return FlatShard((span,), numel, end_padding=numel - span.numel)
 
 
 def zero3_share(shape: Sequence[int], world_size: int) -> int:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from microadam_dist import MicroAdamConfig
-from microadam_dist.planner.memory import RankMemory, zero_memory
+from microadam_dist.planner.engines import Engine, Precision
+from microadam_dist.planner.memory import RankMemory, rank_memory
 from tests.deepspeed.engines import SETTINGS, base_optimizer, initialize, make_config, make_gradients, make_model, train
 from tests.ranks import run_ranks
 
@@ -23,6 +24,9 @@ MODES: dict[str, tuple[int, torch.dtype, dict[str, Any], int, int]] = {
     "zero0 fp32": (0, torch.float32, {}, 4, 0),
     "zero0 bf16": (0, torch.bfloat16, {}, 2, 4),
     "zero0 pre-cast to bf16": (0, torch.float32, {}, 2, 0),
+    "zero1 fp32": (1, torch.float32, {}, 4, 4),
+    "zero2 fp32": (2, torch.float32, {}, 4, 4),
+    "zero3 fp32": (3, torch.float32, {}, 4, 4),
     "zero1 bf16": (1, torch.bfloat16, {}, 2, 4),
     "zero2 bf16": (2, torch.bfloat16, {}, 2, 4),
     "zero3 bf16": (3, torch.bfloat16, {}, 2, 4),
@@ -76,10 +80,9 @@ def test_allocated_bytes_are_the_planned_ones(mode: str, measured: list[dict[str
     numel = sum(p.numel() for p in make_model().parameters())
     for rank in range(WORLD_SIZE):
         got = measured[rank][mode]
+        precision = Precision(weight_bytes, master_bytes, compute=weight_bytes)
         config = MicroAdamConfig(**SETTINGS)
-        planned = zero_memory(
-            shapes, config, stage, WORLD_SIZE, rank, weight_bytes=weight_bytes, master_bytes=master_bytes
-        )
+        planned = rank_memory(Engine(f"zero{stage}"), [shapes], config, WORLD_SIZE, rank, precision)
         assert got == planned, f"rank {rank}"
         per_param = {part: round(size / numel, 3) for part, size in vars(got).items()}
         print(f"{mode}, rank {rank} of {WORLD_SIZE}, bytes a parameter of the model: {per_param}")

@@ -53,13 +53,16 @@ ALLOWED = {
 
 # What else may be imported, beside torch and the standard library: only inside functions, or anywhere in modules that
 # are imported lazily themselves.
-STANDARD_LIBRARY_ONLY = f"{CORE} planner* cli"
+PLANNER = "planner planner.activations planner.engines planner.gpus planner.memory planner.shapes"
+STANDARD_LIBRARY_ONLY = f"{CORE} {PLANNER} cli"
 TORCH_DISTRIBUTED = "engines* checkpoint* diagnostics*"
-ANYWHERE = {"typer": "_commands", "rich": "_commands"}
+ANYWHERE = {"typer": "_commands planner.cli", "rich": "_commands planner.cli"}
 LAZILY = {
     "deepspeed": "engines.deepspeed* checkpoint.deepspeed deepspeed",
     "accelerate": "integrations.*",
     "transformers": "integrations.*",
+    "huggingface_hub": "planner.cli",
+    "matplotlib": "planner.plot",
     "cuda": "backends.cuda",
     "numpy": "backends.cuda backends.cpu",
 }

@@ -1,0 +1,200 @@
+"""``microadam plan``: the options, the table, the JSON and the picture."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer import Option
+
+from ..config import MicroAdamConfig
+from ..errors import ConfigError, MicroAdamError
+from .engines import Dtype, Engine
+from .gpus import CONTEXT_BYTES, FRAGMENTATION, GIB, GPUS, needed_bytes, smallest_gpu
+from .memory import Job, Optimizer, Plan, make_plan
+from .shapes import BUILT_IN_NAMES, LLAMAS, SUPPORTED_MODEL_TYPES, LlamaShape, numel, read_shape
+
+# Parts of a plan in the order in which the table and the picture show them; the last ones are of the step.
+RESIDENT = {"weights": "weights", "master": "master weights", "optimizer_state": "optimizer state"}
+BACKWARD = {
+    "gradients": "gradients",
+    "activations": "activations",
+    "logits": "logits and loss",
+    "working": "backward of a layer",
+    "buffers": "engine buffers",
+}
+STEP = {"step_gradients": "gradients", "step_buffers": "engine buffers"}
+DEFAULTS = MicroAdamConfig()
+
+
+def plan(
+    model: Annotated[
+        str,
+        Option(help="7b, 13b, 70b (Llama-2), 8b (Llama-3), a config.json, a model folder, or a hub id in the cache."),
+    ],
+    gpus: Annotated[int, Option(min=1, help="Data-parallel ranks.")] = 1,
+    engine: Annotated[Engine, Option(help="How the model is spread over the ranks.")] = Engine.single,
+    dtype: Annotated[
+        Dtype,
+        Option(
+            help="bf16: DeepSpeed's bf16 section; elsewhere fp32 weights, bf16 arithmetic. pure-bf16: no fp32 copy."
+        ),
+    ] = Dtype.bf16,
+    seq: Annotated[int, Option(min=1, help="Tokens in a sequence.")] = 2048,
+    batch: Annotated[int, Option(min=1, help="Sequences a rank and micro-batch.")] = 1,
+    window_size: Annotated[int, Option(help="MicroAdam: sparse gradients kept.")] = DEFAULTS.window_size,
+    density: Annotated[float, Option(help="MicroAdam: kept fraction of a gradient.")] = DEFAULTS.density,
+    block_size: Annotated[int, Option(help="MicroAdam: elements in a Top-K block.")] = DEFAULTS.block_size,
+    bucket_size: Annotated[int, Option(help="MicroAdam: elements sharing one scale.")] = DEFAULTS.bucket_size,
+    ef_bits: Annotated[int, Option(help="MicroAdam: bits of the error feedback.")] = DEFAULTS.ef_bits,
+    gradient_release: Annotated[bool, Option(help="Update weights in the backward pass (single, fsdp2).")] = False,
+    activation_checkpointing: Annotated[bool, Option(help="Recompute every decoder layer.")] = False,
+    offload_optimizer: Annotated[bool, Option("--offload-optimizer", help="ZeRO-1, 2, 3: to host memory.")] = False,
+    master_free: Annotated[bool, Option("--master-free", help="ZeRO-1, 2, 3: a bf16 copy of the weights.")] = False,
+    loss_chunk: Annotated[
+        int | None, Option(min=1, help="Chunked cross entropy: tokens whose logits exist at a time.")
+    ] = None,
+    json_file: Annotated[Path | None, Option("--json", metavar="FILE", help="Write all numbers, in bytes.")] = None,
+    plot_file: Annotated[Path | None, Option("--plot", metavar="FILE", help="Draw them (.png, .svg, .pdf).")] = None,
+) -> None:
+    """Show the memory a training run needs on each GPU, with MicroAdam, 8-bit AdamW and AdamW."""
+    try:
+        config = MicroAdamConfig(
+            window_size=window_size, density=density, block_size=block_size, bucket_size=bucket_size, ef_bits=ef_bits
+        )
+        job = Job(
+            engine=engine,
+            gpus=gpus,
+            dtype=dtype,
+            batch=batch,
+            seq=seq,
+            config=config,
+            gradient_release=gradient_release,
+            activation_checkpointing=activation_checkpointing,
+            offload_optimizer=offload_optimizer,
+            master_free=master_free,
+            loss_chunk=loss_chunk,
+        )
+        name, shape = find_model(model)
+        plans = make_plan(shape, job)
+        Console().print(make_table(name, shape, job, plans))
+        if json_file:
+            json_file.write_text(json.dumps(as_json(name, shape, job, plans), indent=2) + "\n", encoding="utf-8")
+        if plot_file:
+            from .plot import draw
+
+            draw(plot_file, _title(name, job), {optimizer.value: _peak(plan) for optimizer, plan in plans.items()})
+    except (MicroAdamError, OSError) as error:
+        Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False)
+        raise typer.Exit(1) from None
+
+
+def find_model(model: str) -> tuple[str, LlamaShape]:
+    """The built-in model, file, folder or cached hub model of this name: what to call it, and its shape.
+
+    Raises:
+        ConfigError: There is none, or it is not supported.
+    """
+    if built_in := BUILT_IN_NAMES.get(model.lower()):
+        return built_in, LLAMAS[built_in]
+    path = Path(model)
+    if path.is_dir():
+        path = path / "config.json"
+    if not path.is_file():
+        path = _cached_config(model)
+    return model, read_shape(path)
+
+
+def _cached_config(hub_id: str) -> Path:
+    found: object = None
+    try:
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(hub_id, "config.json")
+    except (ImportError, ValueError):  # not installed; no such file and no valid id either
+        pass
+    if isinstance(found, str):
+        return Path(found)
+    raise ConfigError(
+        f"--model {hub_id}: no such file or folder, not built in ({', '.join(BUILT_IN_NAMES)}), and not in the local "
+        "Hugging Face cache. Nothing is downloaded here: run 'hf download "
+        f"{hub_id} config.json' first, or give the path of a config.json "
+        f"(model_type {', '.join(SUPPORTED_MODEL_TYPES)})."
+    )
+
+
+def _title(name: str, job: Job) -> str:
+    flags = ("gradient_release", "activation_checkpointing", "offload_optimizer", "master_free")
+    parts = [
+        f"{name}, {job.gpus} x {job.engine.value}",
+        job.dtype.value,
+        f"batch {job.batch} x {job.seq} tokens",
+        *(flag.replace("_", " ") for flag in flags if getattr(job, flag)),
+    ]
+    return ", ".join(parts)
+
+
+def make_table(name: str, shape: LlamaShape, job: Job, plans: Mapping[Optimizer, Plan]) -> Table:
+    """One column an optimizer, one row a part, in GiB."""
+    table = Table(
+        title=f"{_title(name, job)}: GiB on each rank",
+        caption=f"1 GiB = 2^30 bytes. {numel(shape.parameters()) / 1e9:.2f} billion parameters. A GPU fits if it has "
+        f"room for the peak, {FRAGMENTATION:.0%} fragmentation and {CONTEXT_BYTES / GIB} GiB for CUDA.",
+    )
+    table.add_column("")
+    for optimizer in plans:
+        table.add_column(optimizer.value, justify="right")
+
+    def add(label: str, attribute: str, style: str | None = None) -> None:
+        table.add_row(label, *(f"{getattr(plan, attribute) / GIB:.2f}" for plan in plans.values()), style=style)
+
+    for attribute, label in RESIDENT.items():
+        add(label, attribute)
+    for title, parts in (("backward pass adds", BACKWARD), ("optimizer step adds", STEP)):
+        table.add_section()
+        table.add_row(title, style="dim")
+        for attribute, label in parts.items():
+            if any(getattr(plan, attribute) for plan in plans.values()):
+                add(f"  {label}", attribute)
+    table.add_section()
+    add("peak", "total", style="bold")
+    if job.offload_optimizer:
+        add("in host memory", "host")
+    table.add_row("smallest GPU", *(_gpu_name(plan) for plan in plans.values()))
+    return table
+
+
+def _gpu_name(plan: Plan) -> str:
+    gpu = smallest_gpu(plan.total)
+    return f"{gpu.nominal_gb} GB\n{gpu.names}" if gpu else f"none: above\n{GPUS[-1].nominal_gb} GB"
+
+
+def _peak(plan: Plan) -> dict[str, int]:
+    """What the memory is used for in the phase that needs most."""
+    phase = BACKWARD if plan.backward >= plan.step else STEP
+    return {label: getattr(plan, attribute) for attribute, label in (RESIDENT | phase).items()}
+
+
+def as_json(name: str, shape: LlamaShape, job: Job, plans: Mapping[Optimizer, Plan]) -> dict[str, Any]:
+    """Everything in bytes, with what it was computed from."""
+    optimizers = {}
+    for optimizer, plan in plans.items():
+        gpu = smallest_gpu(plan.total)
+        optimizers[optimizer.value] = {
+            **dataclasses.asdict(plan),
+            "total": plan.total,
+            "needed_on_gpu": needed_bytes(plan.total),
+            "smallest_gpu": gpu and {**dataclasses.asdict(gpu), "bytes": gpu.num_bytes},
+        }
+    return {
+        "unit": "bytes",
+        "model": {"name": name, **dataclasses.asdict(shape), "parameters": numel(shape.parameters())},
+        "job": dataclasses.asdict(job),
+        "optimizers": optimizers,
+    }
