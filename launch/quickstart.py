@@ -159,7 +159,7 @@ def train(name: str, ds_config: Path, arguments: list[str], num_ranks: int, envi
 def write_metrics(runs: dict[str, dict[str, Any]]) -> None:
     """Write the comparison; MicroAdam's bytes are those of the sparse path, its dense path stands apart."""
     first = runs["microadam"]
-    content: dict[str, Any] = {"world_size": first["world_size"], "zero_stage": first["zero_stage"]}
+    content: dict[str, Any] = {"world_size": first["world_size"], "engine": first["engine"]}
     for name, run in runs.items():
         state = run["state"]
         content[name] = {
@@ -194,7 +194,7 @@ def plot(runs: dict[str, dict[str, Any]]) -> None:
 def print_comparison(runs: dict[str, dict[str, Any]]) -> None:
     """Print both runs side by side."""
     first = runs["microadam"]
-    table = Table(title=f"Full fine-tuning, ZeRO-{first['zero_stage']}, {first['world_size']} ranks")
+    table = Table(title=f"Full fine-tuning, {first['engine']}, {first['world_size']} ranks")
     table.add_column("")
     for title in OPTIMIZERS.values():
         table.add_column(title, justify="right")

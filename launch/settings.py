@@ -24,6 +24,13 @@ class OptimizerName(str, Enum):
     adamw = "adamw"
 
 
+class Exchange(str, Enum):
+    """What DDP ranks with sharded state send each other after the step."""
+
+    touched = "touched"
+    newest = "newest"
+
+
 class Dtype(str, Enum):
     """Precision of weights and arithmetic."""
 
@@ -70,10 +77,21 @@ class Options:
     density: Annotated[float | None, _optimizer(help="MicroAdam: kept fraction of a gradient. Default 0.01.")] = None
     block_size: Annotated[int | None, _optimizer(help="MicroAdam: elements in a Top-K block. Default 4096.")] = None
     bucket_size: Annotated[int | None, _optimizer(help="MicroAdam: elements sharing one scale. Default 64.")] = None
+    shard_state: Annotated[
+        Exchange | None,
+        _optimizer(help="MicroAdam under DDP: share the state among the ranks, and what they exchange after the step."),
+    ] = None
     clip: Annotated[float | None, _optimizer(help="Global gradient norm, 0 is off. Default 1.")] = None
     schedule: Annotated[str, _optimizer(help="A transformers scheduler name.")] = "cosine"
     warmup: Annotated[float, _optimizer(min=0, help="Warm-up steps, or below 1 a fraction of the run.")] = 0.03
-    deepspeed: Annotated[Path | None, _run(help="DeepSpeed JSON; the optimizer comes from it.")] = None
+    deepspeed: Annotated[
+        Path | None,
+        _run(
+            envvar="ACCELERATE_DEEPSPEED_CONFIG_FILE",
+            show_envvar=False,
+            help="DeepSpeed JSON; the optimizer comes from it. Default: the one in the file of accelerate launch.",
+        ),
+    ] = None
     steps: Annotated[int | None, _run(min=1, help="Optimizer steps; else --epochs.")] = None
     epochs: Annotated[float, _run(help="Passes over the data.")] = 1.0
     batch_size: Annotated[int | None, _run(min=1, help="Sequences a rank and micro-batch. Default 1.")] = None
@@ -99,7 +117,10 @@ class Options:
     def microadam_settings(self) -> dict[str, Any]:
         """The MicroAdam-only settings that were given."""
         names = ("window_size", "density", "block_size", "bucket_size")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+        settings = {name: value for name in names if (value := getattr(self, name)) is not None}
+        if self.shard_state is not None:
+            settings |= {"shard_state": True, "weight_exchange": self.shard_state.value}
+        return settings
 
 
 DEFAULTS: dict[str, Any] = {

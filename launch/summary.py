@@ -41,7 +41,7 @@ class Metrics:
 
     optimizer: str
     world_size: int
-    zero_stage: int | None
+    engine: str
     num_params: int
     heldout_before: float
     heldout_after: float
@@ -54,17 +54,16 @@ class Metrics:
     versions: dict[str, str] = field(default_factory=dict)
 
 
-def collect(trainer: Trainer, timer: StepTimer, seq_len: int, zero_stage: int | None) -> Metrics:
+def collect(trainer: Trainer, timer: StepTimer, seq_len: int, engine: str, num_params: int) -> Metrics:
     """Gather the numbers of a finished run; every rank must call it."""
     args, history = trainer.args, trainer.state.log_history
     optimizer = base_optimizer(trainer)
     sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    num_params = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters() if p.requires_grad)
     eval_loss = [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
     return Metrics(
         optimizer=type(optimizer).__name__,
         world_size=args.world_size,
-        zero_stage=zero_stage,
+        engine=engine,
         num_params=num_params,
         heldout_before=eval_loss[0][1],
         heldout_after=eval_loss[-1][1],
@@ -89,7 +88,8 @@ def base_optimizer(trainer: Trainer) -> torch.optim.Optimizer:
 def state_use(trainer: Trainer, optimizer: torch.optim.Optimizer, num_params: int) -> StateUse:
     """Count the bytes of every tensor in the optimizer's state, over all ranks."""
     tensors = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
-    total = sum(_gather(trainer, sum(tensor.numel() * tensor.element_size() for tensor in tensors)))
+    local = [getattr(tensor, "_local_tensor", tensor) for tensor in tensors]  # a DTensor counts all ranks' bytes
+    total = sum(_gather(trainer, sum(tensor.nbytes for tensor in local)))
     paths: dict[str, Any] = {}
     if hasattr(optimizer, "state_bytes"):
         sparse_numel, sparse_bytes, dense_numel, dense_bytes = (
@@ -131,8 +131,8 @@ def report(metrics: Metrics, output: Path, console: Console) -> None:
     """Write metrics.json and print the table."""
     lines = (f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in asdict(metrics).items())
     (output / "metrics.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
-    zero = "no ZeRO" if metrics.zero_stage is None else f"ZeRO-{metrics.zero_stage}"
-    table = Table(title=f"{metrics.optimizer}, {zero}, world size {metrics.world_size}", show_header=False)
+    title = f"{metrics.optimizer}, {metrics.engine}, world size {metrics.world_size}"
+    table = Table(title=title, show_header=False)
     for name, value in _rows(metrics):
         table.add_row(name, value)
     console.print(table)

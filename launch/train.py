@@ -1,8 +1,10 @@
-"""Full fine-tuning of a causal language model with MicroAdam: one process, or sharded by DeepSpeed.
+"""Full fine-tuning of a causal language model with MicroAdam: one process, DDP, DeepSpeed or FSDP.
 
     python launch/train.py --model MODEL --data book.txt --output runs/book
+    torchrun --nproc_per_node 2 launch/train.py ...
     torchrun --nproc_per_node 2 launch/train.py ... --deepspeed configs/deepspeed/zero3_bf16.json
     deepspeed --num_gpus 2 launch/train.py ... --deepspeed configs/deepspeed/zero2_bf16.json
+    accelerate launch --config_file configs/accelerate/fsdp2.yaml launch/train.py ...
 
 Ranks take GPUs where there are some, else they are CPU processes over gloo.
 """
@@ -48,12 +50,16 @@ def train(options: Options) -> None:
     set_seed(args.seed)
     tokenizer, datasets = load_data(options, args)
     model = load_model(options, tokenizer)
+    # Counted now: engines replace the parameters by shards.
+    num_params = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
     timer = StepTimer()
     trainer = build_trainer(options, args, model, tokenizer, datasets, timer)
+    engine = find_engine(trainer, ds_config)
     trainer.train(resume_from_checkpoint=find_checkpoint(options))
+    if trainer.is_fsdp_enabled:  # checkpoints are sharded, the final weights are not
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
-    zero_stage = ds_config.get("zero_optimization", {}).get("stage", 0) if ds_config else None
-    metrics = summary.collect(trainer, timer, options.seq_len, zero_stage)
+    metrics = summary.collect(trainer, timer, options.seq_len, engine, num_params)
     if IS_RANK_0:
         summary.report(metrics, options.output, console)
 
@@ -90,6 +96,11 @@ def prepare_environment(deepspeed: bool) -> bool:
             world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
             os.environ.update(world, MASTER_PORT=str(free_port()))
     if num_gpus == 0:
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+            raise UserError(
+                "accelerate launch does not start ranks for DeepSpeed without GPUs: use torchrun or deepspeed, with "
+                "--deepspeed FILE.json"
+            )
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # accelerate imports DeepSpeed in any case
     if deepspeed:
         from microadam_dist.deepspeed import disable_shm_allreduce, register
@@ -201,8 +212,12 @@ def build_trainer(
     from transformers import ProgressCallback, Trainer
 
     from callbacks import EvaluateAtEnd, LossProgress, MarkComplete
+    from microadam_dist.integrations.sharded import ShardedStateMixin
 
-    trainer = Trainer(
+    class MicroAdamTrainer(ShardedStateMixin, Trainer):
+        """Its checkpoints hold the optimizer's state under FSDP1 and --shard-state, too."""
+
+    trainer = MicroAdamTrainer(
         model=model,
         args=args,
         processing_class=tokenizer,
@@ -213,6 +228,23 @@ def build_trainer(
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(LossProgress())
     return trainer
+
+
+def find_engine(trainer: Trainer, ds_config: dict[str, Any] | None) -> str:
+    """What trains, for the summary.
+
+    Raises:
+        UserError: Accelerate has taken no notice of what it was launched with, as it does without GPUs.
+    """
+    if ds_config is not None:
+        return f"ZeRO-{ds_config.get('zero_optimization', {}).get('stage', 0)}"
+    if trainer.is_fsdp_enabled:
+        return f"FSDP{trainer.accelerator.state.fsdp_plugin.fsdp_version}"
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        raise UserError(
+            "Accelerate uses FSDP on GPUs only, and would train with DDP here: launch with torchrun instead"
+        )
+    return "DDP" if trainer.args.world_size > 1 else "one process"
 
 
 def optimizer_and_settings(options: Options) -> tuple[type, dict[str, Any]]:

@@ -120,6 +120,7 @@ class MicroAdam(Optimizer):
         self._layouts: dict[Tensor, StateLayout] = {}
         self._num_nonfinite_blocks = 0
         self._has_loaded_shards = False  # and has not stepped since
+        self.loads_shards_later = False  # set by who calls load_sharded after load_state_dict
         super().__init__(params, defaults)
         for engine in engines():
             engine.whitelist(type(self))
@@ -166,6 +167,14 @@ class MicroAdam(Optimizer):
     def shards_state(self) -> bool:
         """Whether the state of replicated parameters is shared by several ranks (``shard_state``)."""
         return self._exchange is not None
+
+    @property
+    def is_saved_apart(self) -> bool:
+        """Whether `save_sharded` is needed beside what frameworks save: under FSDP1, and with ``shard_state``.
+
+        They save a state dict without room for the state, and one of one rank.
+        """
+        return self.shards_state or any(shard.is_saved_apart for shard in self.shards().values())
 
     def state_bytes(self) -> StateBytes:
         """State this rank holds now, as allocated (step counters not counted)."""
@@ -402,12 +411,11 @@ class MicroAdam(Optimizer):
         tensors = list(chain.from_iterable(group["params"] for group in self.param_groups))
         keys = chain.from_iterable(group["params"] for group in groups)
         loaded = {p: saved_state[key] for p, key in zip(tensors, keys, strict=True) if key in saved_state}
-        if any(APART_KEY in state for state in loaded.values() if isinstance(state, Mapping)):
+        layouts = {**self._layouts, **self._find_layouts(loaded)}
+        if any(self._is_elsewhere(p, state) for p, state in loaded.items()):
             self._require_loaded_apart(loaded)
             self._load_group_settings(groups)
             return
-
-        layouts = {**self._layouts, **self._find_layouts(loaded)}
         # Tools that pass on "state" and "param_groups" only drop this entry.
         saved_layouts = read_layouts(state_dict[LAYOUT_KEY]) if LAYOUT_KEY in state_dict else {}
         for index, p in enumerate(tensors):
@@ -435,14 +443,20 @@ class MicroAdam(Optimizer):
         for group, saved in zip(self.param_groups, copy.deepcopy(groups), strict=True):
             group.update({key: value for key, value in saved.items() if key not in ("params", "param_names")})
 
+    def _is_elsewhere(self, p: Tensor, saved: Any) -> bool:
+        """Whether what was saved is a note in the place of the state, or the part of another rank."""
+        if not isinstance(saved, Mapping):
+            return False
+        return APART_KEY in saved or any(self._shards[p].is_other_rank_part(state) for state in saved.values())
+
     def _require_loaded_apart(self, loaded: Mapping[Tensor, Mapping[str, Any]]) -> None:
-        """A note in the place of the state is loaded in silence only right after the state itself."""
+        """Such a state dict is loaded in silence only together with the state itself."""
         same = all(int(self.state[p]["step"]) == int(loaded[p]["step"]) for p in loaded if self.state.get(p))
-        if not (self._has_loaded_shards and same):
+        if not (self.loads_shards_later or (self._has_loaded_shards and same)):
             raise CheckpointMismatchError(
-                f"this state dict was saved under FSDP1 and holds no MicroAdam state (it was {APART}): call "
-                "microadam_dist.load_sharded(optimizer, folder) with the folder of the same step, and load this state "
-                "dict after it or not at all."
+                "this state dict holds no MicroAdam state for this rank: it was saved under FSDP1, or by another rank. "
+                f"The state was {APART}: call microadam_dist.load_sharded(optimizer, folder) with the folder of the "
+                "same step, and load this state dict after it or not at all."
             )
 
     def _copy_state(self, p: Tensor, layout: StateLayout, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -489,6 +503,7 @@ class MicroAdam(Optimizer):
             "_layouts",
             "_num_nonfinite_blocks",
             "_has_loaded_shards",
+            "loads_shards_later",
             "_exchange",
             "sparse_allgather",
             "exchanged_bytes",

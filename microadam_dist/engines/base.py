@@ -144,6 +144,10 @@ class Shard:
         """The groups of ranks that step the same parameters at the same time, as far as it matters to the engine."""
         return []
 
+    def is_other_rank_part(self, state: Any) -> bool:
+        """Whether a state tensor is what another rank has under this name: one rank has saved, and all have loaded."""
+        return False
+
     def wrap(self, local: Tensor) -> Tensor:
         """A tensor with one row for each row of `param`, in the form in which state is kept and saved."""
         return local

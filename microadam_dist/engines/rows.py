@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -51,6 +51,14 @@ class RowShard(Shard):
     def groups(self) -> list[dist.ProcessGroup]:
         """Those of every axis of the mesh."""
         return [self.mesh.get_group(axis) for axis in range(self.mesh.ndim)]
+
+    def is_other_rank_part(self, state: Any) -> bool:
+        """A DTensor that was pickled remembers the place of the rank in the mesh."""
+        if not isinstance(state, Tensor) or not is_dtensor(state):
+            return False
+        places = [mesh.get_coordinate() or () for mesh in (state.device_mesh, self.mesh)]
+        sharded = [axis for axis, placement in enumerate(self.placements) if placement.is_shard()]
+        return any(place[axis : axis + 1] != places[1][axis : axis + 1] for place in places for axis in sharded)
 
     def wrap(self, local: Tensor) -> Tensor:
         """A DTensor with the mesh, the placements and the parameter's number of rows."""

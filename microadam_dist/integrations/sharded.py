@@ -1,0 +1,84 @@
+"""The optimizer's state in checkpoints of Trainer and Accelerate where theirs have no place for it.
+
+Under FSDP1, and under DDP with ``shard_state``, they save the state dict of one rank, or one without room for the state
+(`MicroAdam.is_saved_apart`). These put it into files of its own, for any number of ranks:
+
+    class MyTrainer(ShardedStateMixin, Trainer): ...
+
+    keep_sharded_state(accelerator)     # once, after accelerator.prepare(model, optimizer)
+    accelerator.save_state(folder)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointMismatchError
+from ..optimizer import MicroAdam
+from ..sharded_state import load_sharded, save_sharded
+
+FOLDER = "microadam_state"
+
+
+class ShardedStateMixin:
+    """For a subclass of `transformers.Trainer`; does nothing where Trainer saves all there is."""
+
+    optimizer: Any
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+        _save(self.optimizer, Path(output_dir, FOLDER))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            _load(self.optimizer, Path(checkpoint, FOLDER))
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+
+
+def keep_sharded_state(accelerator: Any) -> None:
+    """Make ``accelerator.save_state`` and ``load_state`` keep the state of its optimizers.
+
+    Args:
+        accelerator: An `accelerate.Accelerator` that has prepared model and optimizers.
+
+    Raises:
+        CheckpointMismatchError: From ``load_state``, when the checkpoint was saved without it.
+    """
+
+    def save(models: Any, weights: Any, output_dir: str) -> None:
+        for index, optimizer in enumerate(accelerator._optimizers):
+            _save(optimizer, Path(output_dir, f"{FOLDER}_{index}"))
+
+    def load(models: Any, input_dir: str) -> None:
+        for index, optimizer in enumerate(accelerator._optimizers):
+            folder = Path(input_dir, f"{FOLDER}_{index}")
+            microadam = _unwrap(optimizer)
+            if microadam is not None and microadam.is_saved_apart and not folder.is_dir():
+                raise CheckpointMismatchError(
+                    f"{folder} is not there: the checkpoint was saved without keep_sharded_state(accelerator), and "
+                    "what Accelerate saves has no place for the state of MicroAdam. Start with its weights only."
+                )
+            _load(optimizer, folder)
+
+    for optimizer in accelerator._optimizers:
+        if (microadam := _unwrap(optimizer)) is not None:
+            microadam.loads_shards_later = True  # under FSDP the hook is called after the optimizer's load_state_dict
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def _save(optimizer: Any, folder: Path) -> None:
+    if (microadam := _unwrap(optimizer)) is not None and microadam.is_saved_apart:
+        save_sharded(microadam, folder)
+
+
+def _load(optimizer: Any, folder: Path) -> None:
+    if (microadam := _unwrap(optimizer)) is not None and folder.is_dir():
+        load_sharded(microadam, folder)
+
+
+def _unwrap(optimizer: Any) -> MicroAdam | None:
+    """The optimizer inside an `AcceleratedOptimizer`; None where an engine has one of its own around it."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return inner if isinstance(inner, MicroAdam) else None

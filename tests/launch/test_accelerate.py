@@ -1,0 +1,164 @@
+"""`launch/train.py` under every file of configs/accelerate, and Accelerate's own checkpoints.
+
+CPU ranks; see `accelerate_cpu` for what is put in the place of Accelerate's launcher.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from microadam_dist import CheckpointMismatchError, MicroAdam
+from microadam_dist.integrations.sharded import keep_sharded_state
+from tests.launch import accelerate_cpu
+from tests.launch.test_resume import assert_same_run, options
+from tests.launch.test_resume import text as text  # the fixture
+from tests.launch.test_train import ROOT, _train, loaded_numel
+from tests.ranks import RankError, run_ranks
+from tests.text import batch, tiny_llama
+
+pytestmark = pytest.mark.deepspeed
+CONFIGS = {path.stem: path for path in sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))}
+ENGINES = {
+    "ddp": "DDP",
+    "deepspeed_zero2": "ZeRO-2",
+    "deepspeed_zero3": "ZeRO-3",
+    "fsdp1": "FSDP1",
+    "fsdp2": "FSDP2",
+    "single_gpu": "one process",
+}
+
+
+def test_every_config_is_run() -> None:
+    assert CONFIGS.keys() == ENGINES.keys()
+
+
+def _train_under(rank: int, world_size: int, config: Path, run: dict[str, Any]) -> None:
+    os.chdir(ROOT)  # paths in the files are relative to it
+    environment = accelerate_cpu.environment(config, world_size)
+    environment.pop("ACCELERATE_USE_CPU", None)
+    json_path = environment.pop("ACCELERATE_DEEPSPEED_CONFIG_FILE", None)
+    if environment.pop("ACCELERATE_USE_DEEPSPEED", None):
+        run = {**run, "deepspeed": ROOT / json_path}
+    os.environ.update(environment)
+    accelerate_cpu.enable_fsdp()
+    _train(rank, world_size, run)
+
+
+def train_under(config: str, run: dict[str, Any], num_ranks: int = 2) -> dict[str, Any]:
+    run_ranks(_train_under, 1 if config == "single_gpu" else num_ranks, CONFIGS[config], run)
+    metrics: dict[str, Any] = json.loads((run["output"] / "metrics.json").read_text())
+    return metrics
+
+
+@pytest.mark.parametrize(
+    ("config", "shard_state"),
+    [("single_gpu", None), ("ddp", "touched"), ("ddp", "newest"), ("fsdp1", None), ("fsdp2", None)],
+)
+def test_trains_and_resumes_exactly(config: str, shard_state: str | None, text: Path, tmp_path: Path) -> None:
+    more = {"shard_state": shard_state} if shard_state else {}
+    metrics = train_under(config, options(text, tmp_path / "straight", **more))
+    assert metrics["engine"] == ENGINES[config]
+    assert metrics["optimizer"] == "MicroAdam"
+    assert loaded_numel(tmp_path / "straight") == metrics["num_params"]
+    checkpoint = str(tmp_path / "straight" / "checkpoint-6")
+    train_under(config, options(text, tmp_path / "resumed", resume=checkpoint, **more))
+    assert_same_run(tmp_path / "resumed", tmp_path / "straight")
+
+
+def test_engines_reach_the_same_loss(text: Path, tmp_path: Path) -> None:
+    """The same data and seed on two ranks; bf16, fp32 weights or an fp32 copy of them."""
+    losses = {}
+    for config in ("ddp", "fsdp1", "fsdp2", "deepspeed_zero2", "deepspeed_zero3"):
+        run = options(text, tmp_path / config, steps=60, save_steps=None)
+        metrics = train_under(config, run)
+        assert (metrics["engine"], metrics["world_size"]) == (ENGINES[config], 2)
+        losses[config] = metrics["heldout_after"]
+        assert losses[config] < metrics["heldout_before"] - 1
+    print("held-out nats a token:", {config: round(loss, 4) for config, loss in losses.items()})
+    assert max(losses.values()) - min(losses.values()) < 0.01
+
+
+def test_fsdp_without_gpus_is_refused(text: Path, tmp_path: Path) -> None:
+    with pytest.raises(RankError, match="FSDP on GPUs only"):
+        run_ranks(_train_with, 2, {"ACCELERATE_USE_FSDP": "true"}, options(text, tmp_path))
+    with pytest.raises(RankError, match="does not start ranks for DeepSpeed without GPUs"):
+        run_ranks(_train_with, 2, {"ACCELERATE_USE_DEEPSPEED": "true"}, options(text, tmp_path))
+
+
+def _train_with(rank: int, world_size: int, environment: dict[str, str], run: dict[str, Any]) -> None:
+    os.environ.update(environment)
+    _train(rank, world_size, run)
+
+
+def test_accelerate_launch(text: Path, tmp_path: Path) -> None:
+    """The command itself, with DDP, which needs no GPU."""
+    command = [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file", str(CONFIGS["ddp"])]
+    command += ["--num_processes", "2", str(ROOT / "launch" / "train.py"), "--shard-state", "newest", "--steps", "2"]
+    command += ["--model-config", str(text.with_name("model.json")), "--tokenizer", "bytes", "--data", str(text)]
+    command += ["--seq-len", "64", "--output", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stdout + result.stderr
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert (metrics["engine"], metrics["world_size"]) == ("DDP", 2)
+
+
+# ---------------------------------------------------------------- accelerator.save_state, load_state
+
+
+@pytest.mark.parametrize("config", ["ddp", "fsdp1", "fsdp2", "single_gpu"])
+def test_save_state_and_load_state(config: str, tmp_path: Path) -> None:
+    run_ranks(_save_and_load, 1 if config == "single_gpu" else 2, CONFIGS[config], tmp_path)
+
+
+def _save_and_load(rank: int, world_size: int, config: Path, folder: Path) -> None:
+    os.environ.update(accelerate_cpu.environment(config, world_size) | {"ACCELERATE_USE_CPU": "true"})
+    os.environ["LOCAL_WORLD_SIZE"] = str(world_size)
+    accelerate_cpu.enable_fsdp()
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    options = {"shard_state": True} if config.stem == "ddp" else {}
+
+    def prepared() -> tuple[Any, Any]:
+        model = tiny_llama()
+        optimizer = MicroAdam(model.named_parameters(), lr=4e-3, window_size=2, density=0.05, **options)
+        return accelerator.prepare(model, optimizer)
+
+    def train(model: Any, optimizer: Any, steps: range) -> list[Tensor]:
+        for step in steps:
+            mine = batch(step)[accelerator.process_index :: accelerator.num_processes]
+            accelerator.backward(model(input_ids=mine, labels=mine).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        return [getattr(p, "_local_tensor", p).detach().clone() for p in model.parameters()]
+
+    model, optimizer = prepared()
+    keep_sharded_state(accelerator)
+    train(model, optimizer, range(4))
+    accelerator.save_state(str(folder))
+    expected = train(model, optimizer, range(4, 8))
+    accelerator.load_state(str(folder))
+    assert all(torch.equal(*pair) for pair in zip(train(model, optimizer, range(4, 8)), expected, strict=True))
+
+    # What was saved without the state raises, also in a program that does not know of it.
+    if optimizer.optimizer.is_saved_apart:
+        if accelerator.is_main_process:
+            (folder / "microadam_state_0").rename(folder / "elsewhere")
+        accelerator.wait_for_everyone()
+        with pytest.raises(CheckpointMismatchError, match="keep_sharded_state"):
+            accelerator.load_state(str(folder))
+        accelerator.free_memory()
+        _, optimizer = prepared()
+        states = torch.load(folder / "optimizer.bin") if config.stem == "ddp" else {}
+        if states and accelerator.process_index == 1:
+            with pytest.raises(CheckpointMismatchError, match="microadam_dist.load_sharded"):
+                optimizer.load_state_dict(states)
