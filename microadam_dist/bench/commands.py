@@ -14,6 +14,7 @@ from typing import Annotated
 
 import torch
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -54,8 +55,8 @@ def step(
 ) -> None:
     """Time optimizer steps: MicroAdam, torch's AdamW and others, and a plain copy.
 
-    All of them step in turn, with gradients that change from step to step. "floor" is what one fused pass over memory
-    would move: the gradient in, weights and state in and out (of the window all slots in, one out).
+    All of them step in turn, with gradients that change from step to step. One fused pass over memory reads the
+    gradient, and reads and writes weights and state; of a window it reads all slots and writes one.
     """
     try:
         if threads:
@@ -125,16 +126,20 @@ def _run(
 def _print(rows: Sequence[Row], missing: dict[str, str]) -> None:
     output = Console()
     for (workload, dtype), members in groupby(rows, key=lambda row: (row.workload, row.dtype)):
-        table = Table(title=f"{workload} parameters, {dtype}")
-        table.add_column("")
-        titles = ("ns/param", "min", f"vs {BASELINE}", "state B/param", "floor B/param", "floor GB/s", "step's MB")
-        for title in titles:
+        table = Table(
+            title=f"{workload} parameters, {dtype}",
+            caption=f"ns a parameter: median, minimum; speed against {BASELINE}; bytes of state a parameter; GB/s if "
+            "one fused pass moved no more than it must; MB that a step takes and gives back",
+            box=SIMPLE_HEAD,
+        )
+        table.add_column("", no_wrap=True)
+        for title in ("ns", "min", "speed", "state", "GB/s", "MB"):
             table.add_column(title, justify="right")
         for row in members:
             extra = "?" if row.peak_extra_bytes is None else f"{row.peak_extra_bytes / 1e6:.1f}"
-            numbers = [f"{row.ns_median:.3f}", f"{row.ns_min:.3f}", f"{row.speedup:.2f}x", f"{row.state_bytes:.2f}"]
-            numbers += [f"{row.floor_bytes:.2f}", f"{row.floor_rate / 1e9:.1f}", extra]
-            table.add_row(row.contender, *numbers, style="bold" if row.contender.startswith("MicroAdam") else None)
+            numbers = (f"{row.ns_median:.3f}", f"{row.ns_min:.3f}", f"{row.speedup:.2f}x", f"{row.state_bytes:.2f}")
+            style = "bold" if row.contender.startswith("MicroAdam") else None
+            table.add_row(row.contender, *numbers, f"{row.floor_rate / 1e9:.1f}", extra, style=style)
         output.print(table)
     for contender, reason in missing.items():
         output.print(f"{contender}: {reason}", highlight=False, markup=False)

@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ BASELINE = "AdamW fused"
 COPY = "copy"
 REFERENCE_NUMEL = 1 << 20  # it takes a hundred times as long as a kernel
 
-_STREAMED_ONCE = ("indices", "values")  # window tensors: all slots are read, one is written
+_WINDOW_TENSORS = ("indices", "values")  # all slots are read, one is written
 
 
 @dataclass
@@ -31,14 +33,14 @@ class Contender:
     Attributes:
         name: Of the line.
         tensors: What it updates.
-        step: One optimizer step, given the number of steps before.
+        step: One optimizer step.
         state_bytes: Bytes of its state, once there is any.
         floor_bytes: Bytes that one fused pass over memory would move; the rest of the state moves in and out once.
     """
 
     name: str
     tensors: Tensors
-    step: Callable[[int], None]
+    step: Callable[[], None]
     state_bytes: Callable[[], int]
     floor_bytes: Callable[[], int]
 
@@ -69,10 +71,11 @@ def make_contenders(workload: Workload, dtype: torch.dtype, field: Field) -> tup
     """
     tensors = Tensors(workload, dtype, field.device)
     contenders, missing = [_copy(tensors)], {}
-    decay = next(iter(field.configs.values())).weight_decay
+    config = next(iter(field.configs.values()))
+    settings = {"lr": config.lr, "weight_decay": config.weight_decay}
     for name, make in _others(field).items():
         try:
-            contenders.append(_contender(name, tensors, make(tensors.params, lr=1e-3, weight_decay=decay)))
+            contenders.append(_contender(name, tensors, make(tensors.params, **settings)))
         except (ImportError, OSError, RuntimeError) as error:
             missing[name] = str(error)
     small = Tensors(Workload("", ((REFERENCE_NUMEL // ROW_NUMEL, ROW_NUMEL),)), dtype, field.device)
@@ -94,53 +97,40 @@ def _backends(field: Field) -> Iterator[tuple[str, str | None]]:
 
 
 def _others(field: Field) -> dict[str, Callable[..., Optimizer]]:
-    def adamw(**kind: bool) -> Callable[..., Optimizer]:
-        return lambda params, **settings: torch.optim.AdamW(params, **kind, **settings)
-
-    others = {BASELINE: adamw(fused=True), "AdamW foreach": adamw(foreach=True)}
+    adamw = torch.optim.AdamW
+    others: dict[str, Callable[..., Optimizer]] = {
+        BASELINE: partial(adamw, fused=True),
+        "AdamW foreach": partial(adamw, foreach=True),
+    }
     if field.device.type == "cuda":
         return others | {
-            "torchao AdamW8bit": lambda params, **settings: _torchao().AdamW8bit(params, **settings),
-            "torchao AdamW4bit": lambda params, **settings: _torchao().AdamW4bit(params, **settings),
-            "bitsandbytes AdamW8bit": _bitsandbytes_adamw8bit,
+            "torchao AdamW8bit": partial(_imported, "torchao.optim", "AdamW8bit"),
+            "torchao AdamW4bit": partial(_imported, "torchao.optim", "AdamW4bit"),
+            "bitsandbytes AdamW8bit": partial(_imported, "bitsandbytes.optim", "AdamW8bit"),
         }
-    return others | {"DeepSpeedCPUAdam": deepspeed_cpu_adam if field.deepspeed else _not_asked_for}
+    deepspeed = partial(_imported, "deepspeed.ops.adam", "DeepSpeedCPUAdam")
+    return others | {"DeepSpeedCPUAdam": deepspeed if field.deepspeed else _not_asked_for}
+
+
+def _imported(module: str, name: str, params: list[Tensor], **settings: float) -> Optimizer:
+    optimizer: Optimizer = getattr(import_module(module), name)(params, **settings)
+    return optimizer
 
 
 def _not_asked_for(*_: Any, **__: Any) -> Optimizer:
     raise RuntimeError("not asked for: --deepspeed lets DeepSpeed compile its op, which takes a minute")
 
 
-def deepspeed_cpu_adam(params: list[Tensor], **settings: float) -> Optimizer:
-    """DeepSpeed's fused AdamW; its op is compiled at first use and kept in torch's extension cache.
-
-    Raises:
-        ImportError: DeepSpeed is not installed.
-        RuntimeError: The op cannot be compiled.
-    """
-    from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-    optimizer: Optimizer = DeepSpeedCPUAdam(params, adamw_mode=True, **settings)
-    return optimizer
-
-
-def _torchao() -> Any:
-    from torchao import optim
-
-    return optim
-
-
-def _bitsandbytes_adamw8bit(params: list[Tensor], **settings: float) -> Optimizer:
-    import bitsandbytes
-
-    optimizer: Optimizer = bitsandbytes.optim.AdamW8bit(params, **settings)
-    return optimizer
-
-
 def _microadam(tensors: Tensors, config: MicroAdamConfig, backend: str, isa: str | None) -> MicroAdam:
-    settings = {"window_size": config.window_size, "density": config.density}
     with _environment("MICROADAM_CPU_ISA", isa):
-        return MicroAdam(tensors.params, lr=1e-3, weight_decay=config.weight_decay, backend=backend, **settings)
+        return MicroAdam(
+            tensors.params,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            window_size=config.window_size,
+            density=config.density,
+            backend=backend,
+        )
 
 
 @contextmanager
@@ -160,7 +150,7 @@ def _environment(name: str, value: str | None) -> Iterator[None]:
 def _copy(tensors: Tensors) -> Contender:
     source, target = tensors.gradients(0), [torch.empty_like(p) for p in tensors.params]
 
-    def step(_: int) -> None:
+    def step() -> None:
         for to, values in zip(target, source, strict=True):
             to.copy_(values)
 
@@ -168,9 +158,6 @@ def _copy(tensors: Tensors) -> Contender:
 
 
 def _contender(name: str, tensors: Tensors, optimizer: Optimizer) -> Contender:
-    def step(_: int) -> None:
-        optimizer.step()
-
     def state() -> dict[str, int]:
         totals: dict[str, int] = {}
         for of_param in optimizer.state.values():
@@ -183,10 +170,10 @@ def _contender(name: str, tensors: Tensors, optimizer: Optimizer) -> Contender:
         window_size = optimizer.param_groups[0].get("window_size", 1)
         total = 3 * _num_bytes(tensors.params)  # the gradient is read, the weights are read and written
         for key, nbytes in state().items():
-            total += nbytes + (nbytes // window_size if key in _STREAMED_ONCE else nbytes)
+            total += nbytes + (nbytes // window_size if key in _WINDOW_TENSORS else nbytes)
         return total
 
-    return Contender(name, tensors, step, lambda: sum(state().values()), floor_bytes)
+    return Contender(name, tensors, optimizer.step, lambda: sum(state().values()), floor_bytes)
 
 
 def _num_bytes(tensors: Iterable[Tensor]) -> int:

@@ -75,13 +75,13 @@ def measure(
             tensors = contender.tensors
             for param, grad in zip(tensors.params, tensors.gradients(step), strict=True):
                 param.grad = grad
+            device = tensors.params[0].device
             if step < warmup:
-                contender.step(step)
+                contender.step()
             elif step == warmup:
-                peaks[contender.name] = peak_extra_bytes(lambda c=contender: c.step(step), tensors.params[0].device)  # type: ignore[misc]  # noqa: B023
+                peaks[contender.name] = peak_extra_bytes(contender.step, device)
             else:
-                seconds = time_step(lambda c=contender: c.step(step), tensors.params[0].device)  # type: ignore[misc]  # noqa: B023
-                times[contender.name].append(seconds * 1e9 / tensors.numel)
+                times[contender.name].append(time_step(contender.step, device) * 1e9 / tensors.numel)
             progress()
     return [_row(workload, dtype, contender, times, peaks[contender.name]) for contender in contenders]
 
@@ -91,9 +91,7 @@ def num_steps(warmup: int, repeats: int) -> int:
     return warmup + 1 + repeats
 
 
-def _row(
-    workload: str, dtype: str, contender: Contender, times: dict[str, list[float]], peak_extra: int | None
-) -> Row:
+def _row(workload: str, dtype: str, contender: Contender, times: dict[str, list[float]], peak_extra: int | None) -> Row:
     own, numel = times[contender.name], contender.tensors.numel
     floor = contender.floor_bytes() / numel
     median = statistics.median(own)
@@ -116,7 +114,7 @@ def _row(
 def time_step(step: Callable[[], None], device: torch.device) -> float:
     """Seconds of one step; on a GPU between two events on its stream."""
     if device.type == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         torch.cuda.synchronize(device)
         start.record()
         step()

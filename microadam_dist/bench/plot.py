@@ -22,7 +22,11 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
     for panel, dtype in zip(panels[0], dtypes, strict=True):
         for contender in dict.fromkeys(row.contender for row in rows):
             points = sorted(
-                {row.numel: row.ns_median * row.numel / 1e6 for row in rows if (row.contender, row.dtype) == (contender, dtype)}.items()
+                {
+                    row.numel: row.ns_median * row.numel / 1e6
+                    for row in rows
+                    if (row.contender, row.dtype) == (contender, dtype)
+                }.items()
             )
             panel.plot(*zip(*points, strict=True), marker="o", markersize=4, label=contender)
         panel.set(xscale="log", yscale="log", xlabel="parameters", title=f"{dtype} weights and gradients")

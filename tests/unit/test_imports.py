@@ -38,8 +38,9 @@ ALLOWED = {
     "checkpoint*": f"{CORE} state quantization checkpoint*",
     "diagnostics*": f"{CORE} state quantization backends* diagnostics*",
     "optimizer": f"{CORE} state backends.base engines.base checkpoint.format checkpoint.match",
+    "bench*": f"{CORE} planner* backends.cpu optimizer diagnostics* bench*",
     "cli": "_commands",
-    "_commands": f"{CORE} planner* checkpoint* diagnostics*",
+    "_commands": f"{CORE} planner* checkpoint* diagnostics* bench.commands",
     "gradient_release": "errors engines.base optimizer",
     "integrations*": "*",
     "deepspeed": "*",
@@ -50,11 +51,12 @@ ALLOWED = {
 # are imported lazily themselves.
 STANDARD_LIBRARY_ONLY = f"{CORE} planner* cli"
 TORCH_DISTRIBUTED = "engines* checkpoint* diagnostics*"
-ANYWHERE = {"typer": "_commands", "rich": "_commands"}
+ANYWHERE = {"typer": "_commands bench.commands", "rich": "_commands bench.commands"}
 LAZILY = {
     "deepspeed": "engines.deepspeed* checkpoint.deepspeed deepspeed",
     "accelerate": "integrations.*",
     "transformers": "integrations.*",
+    "matplotlib": "bench.plot",
     "cuda": "backends.cuda",
     "numpy": "backends.cuda backends.cpu",
 }
