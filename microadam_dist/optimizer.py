@@ -301,7 +301,8 @@ class MicroAdam(Optimizer):
         shards = [self._shards[p] for p in tensors]
         if not all(shard.may_be_probed for shard in shards):
             return False
-        return not any_rank(any(bool(shard.grad.any()) for shard in shards), shards)
+        # The number of nonzero elements, without a temporary tensor (`any` makes one of bools).
+        return not any_rank(any(bool(torch.linalg.vector_norm(shard.grad, 0)) for shard in shards), shards)
 
     def _require_unchanged(self, groups: Iterable[tuple[MicroAdamConfig, Sequence[Tensor]]]) -> None:
         """State is laid out for the settings and the shape it was made for."""

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from ..backends.cpu import CpuBackend
 from ..diagnostics.environment import versions
 from ..errors import BackendUnavailableError, ConfigError, MicroAdamError
 from .contenders import BASELINE, Field, make_contenders
@@ -66,7 +67,7 @@ def step(
         configs = {x: parse_setting(x, weight_decay) for x in _list(settings)}
         if not (workloads and dtypes and configs):
             raise ConfigError("there is nothing to measure: --numel, --dtype and --settings each need a value.")
-        field = Field(_usable(device), configs, tuple(_list(isa)), reference, deepspeed)
+        field = Field(_usable(device), configs, _usable_isas(isa, device), reference, deepspeed)
         rows, missing = _run(list(product(workloads, dtypes.items())), field, repeats)
     except MicroAdamError as error:
         console.print(f"[red]error:[/] {error}", highlight=False)
@@ -97,6 +98,15 @@ def _usable(device: Device) -> torch.device:
             "GPU and a CUDA build of torch."
         )
     return torch.device(device.value)
+
+
+def _usable_isas(text: str, device: Device) -> tuple[str, ...]:
+    isas = tuple(_list(text))
+    if isas and device is not Device.cpu:
+        raise ConfigError(f"--isa {text}: only the CPU kernel has instruction sets to choose from; use --device cpu.")
+    for name in isas:
+        CpuBackend(name)  # raises if this machine does not have it
+    return isas
 
 
 def _run(

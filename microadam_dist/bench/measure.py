@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..backends.cpu import CpuBackend
 from ..errors import BackendUnavailableError
 from .contenders import BASELINE, Contender
 
@@ -126,7 +127,7 @@ def time_step(step: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-def peak_extra_bytes(step: Callable[[], None], device: torch.device) -> int | None:
+def peak_extra_bytes(step: Callable[[], object], device: torch.device) -> int | None:
     """Memory that a step takes and gives back. Resident memory of the process (Linux), or of torch's CUDA allocator."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -156,8 +157,6 @@ def describe(device: torch.device) -> dict[str, Any]:
         return {"type": "cuda", "name": torch.cuda.get_device_name(device), "capability": f"{major}.{minor}"}
     found = {"type": "cpu", "name": _cpu_model(), "isa": None, "threads": torch.get_num_threads()}
     try:
-        from ..backends.cpu import CpuBackend
-
         return found | {"isa": CpuBackend().isa}
     except BackendUnavailableError:
         return found
