@@ -20,7 +20,7 @@ from .config import SETTING_NAMES, STRUCTURAL_SETTINGS, MicroAdamConfig, reject_
 from .engines.base import NamedParameter, Shard, Slot, any_rank, engines, find_shard, process_rank
 from .errors import ConfigError, MicroAdamError, UnsupportedLayoutError
 from .layout import DENSE_TENSORS, StateLayout
-from .state import allocate_state, flatten_state, shape_state
+from .state import allocate_state, shape_state
 
 _PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -243,12 +243,12 @@ class MicroAdam(Optimizer):
                 copies.append((local, flat))
             grad = shard.grad.contiguous().view(-1)
             num_steps = int(self.state[p]["step"])
-            steps.append(TensorStep(flat, grad, flatten_state(self._local_state(p)), self._layouts[p], num_steps))
+            steps.append(TensorStep(flat, grad, self._local_state(p), self._layouts[p], num_steps))
         num_skipped = self._backend.step(steps, config, grad_scale)
         for local, flat in copies:
             local.copy_(flat.view(local.shape))
+        torch._foreach_add_([self.state[p]["step"] for p in members], 1)
         for p in members:
-            self.state[p]["step"] += 1
             # A kernel writes through a pointer; a backward pass that still needs the old values must notice.
             torch.autograd.graph.increment_version(self._shards[p].param)
         return num_skipped

@@ -21,7 +21,7 @@ class TensorStep:
     Attributes:
         param: (numel,) fp32, bf16 or fp16, contiguous; updated in place.
         grad: (numel,) any float dtype, contiguous; only read.
-        state: The flat state tensors named in ``layout.tensors``; updated in place.
+        state: The state tensors named in ``layout.tensors``, contiguous, of any shape; updated in place.
         layout: Where the blocks lie in all of these.
         step: Steps this tensor has taken before.
         param_copy: (numel,) bf16, contiguous, or None. A second output: wherever the layout has spans it holds the

@@ -42,8 +42,8 @@ class ReferenceBackend:
                     adamw_step_(
                         tensor.param[local],
                         tensor.grad[local],
-                        tensor.state["exp_avg"][moments],
-                        tensor.state["exp_avg_sq"][moments],
+                        tensor.state["exp_avg"].view(-1)[moments],
+                        tensor.state["exp_avg_sq"].view(-1)[moments],
                         scalars,
                     )
                 )
