@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from enum import Enum
+from functools import partial
+from importlib.util import find_spec
 from itertools import groupby, product
 from pathlib import Path
 from typing import Annotated
@@ -22,7 +24,7 @@ from rich.table import Table
 from ..backends.cpu import CpuBackend
 from ..diagnostics.environment import versions
 from ..errors import BackendUnavailableError, ConfigError, MicroAdamError
-from .contenders import BASELINE, Field, make_contenders
+from .contenders import BASELINE, Comparison, make_contenders
 from .measure import Row, describe, measure, num_steps
 from .plot import plot
 from .workload import Workload, parse_dtype, parse_model, parse_numel, parse_setting
@@ -67,13 +69,15 @@ def step(
         configs = {x: parse_setting(x, weight_decay) for x in _list(settings)}
         if not (workloads and dtypes and configs):
             raise ConfigError("there is nothing to measure: --numel, --dtype and --settings each need a value.")
-        field = Field(_usable(device), configs, _usable_isas(isa, device), reference, deepspeed)
-        rows, missing = _run(list(product(workloads, dtypes.items())), field, repeats)
+        if plot_file and find_spec("matplotlib") is None:
+            raise ConfigError("--plot needs matplotlib: pip install 'microadam-dist[bench]'.")
+        comparison = Comparison(_usable(device), configs, _usable_isas(isa, device), reference, deepspeed)
+        rows, missing = _run(list(product(workloads, dtypes.items())), comparison, repeats)
     except MicroAdamError as error:
         console.print(f"[red]error:[/] {error}", highlight=False)
         raise typer.Exit(1) from None
     _print(rows, missing)
-    machine = describe(field.device)
+    machine = describe(comparison.device)
     if json_file:
         result = {
             "command": shlex.join(["microadam", *sys.argv[1:]]),
@@ -110,16 +114,16 @@ def _usable_isas(text: str, device: Device) -> tuple[str, ...]:
 
 
 def _run(
-    cases: Sequence[tuple[Workload, tuple[str, torch.dtype]]], field: Field, repeats: int
+    cases: Sequence[tuple[Workload, tuple[str, torch.dtype]]], comparison: Comparison, repeats: int
 ) -> tuple[list[Row], dict[str, str]]:
-    warmup = 1 + max(config.window_size for config in field.configs.values())
+    warmup = 1 + max(config.window_size for config in comparison.configs.values())
     rows: list[Row] = []
     missing: dict[str, str] = {}
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console) as bar:
         for workload, (name, dtype) in cases:
             task = bar.add_task(f"{workload.name} {name}", total=None)
-            contenders, missing = make_contenders(workload, dtype, field)
+            contenders, missing = make_contenders(workload, dtype, comparison)
             bar.update(task, total=len(contenders) * num_steps(warmup, repeats))
             rows += measure(
                 workload.name,
@@ -127,7 +131,7 @@ def _run(
                 contenders,
                 warmup=warmup,
                 repeats=repeats,
-                progress=lambda task=task: bar.advance(task),  # type: ignore[misc]
+                progress=partial(bar.advance, task),
             )
             del contenders  # before the next ones are made
     return rows, missing

@@ -35,7 +35,7 @@ class Contender:
         tensors: What it updates.
         step: One optimizer step.
         state_bytes: Bytes of its state, once there is any.
-        floor_bytes: Bytes that one fused pass over memory would move; the rest of the state moves in and out once.
+        floor_bytes: Bytes that one fused pass over memory moves at least.
     """
 
     name: str
@@ -46,8 +46,8 @@ class Contender:
 
 
 @dataclass(frozen=True)
-class Field:
-    """What a comparison consists of.
+class Comparison:
+    """What is compared.
 
     Attributes:
         device: ``cpu`` or ``cuda``.
@@ -64,23 +64,25 @@ class Field:
     deepspeed: bool = False
 
 
-def make_contenders(workload: Workload, dtype: torch.dtype, field: Field) -> tuple[list[Contender], dict[str, str]]:
+def make_contenders(
+    workload: Workload, dtype: torch.dtype, comparison: Comparison
+) -> tuple[list[Contender], dict[str, str]]:
     """All contenders that can run here, the copy first; and by name why the others cannot.
 
     They update the same parameters, so that only their states add up.
     """
-    tensors = Tensors(workload, dtype, field.device)
+    tensors = Tensors(workload, dtype, comparison.device)
     contenders, missing = [_copy(tensors)], {}
-    config = next(iter(field.configs.values()))
+    config = next(iter(comparison.configs.values()))
     settings = {"lr": config.lr, "weight_decay": config.weight_decay}
-    for name, make in _others(field).items():
+    for name, make in _others(comparison).items():
         try:
             contenders.append(_contender(name, tensors, make(tensors.params, **settings)))
         except (ImportError, OSError, RuntimeError) as error:
             missing[name] = str(error)
-    small = Tensors(Workload("", ((REFERENCE_NUMEL // ROW_NUMEL, ROW_NUMEL),)), dtype, field.device)
-    for backend, isa in _backends(field):
-        for setting, config in field.configs.items():
+    small = Tensors(Workload("", ((REFERENCE_NUMEL // ROW_NUMEL, ROW_NUMEL),)), dtype, comparison.device)
+    for backend, isa in _backends(comparison):
+        for setting, config in comparison.configs.items():
             name = " ".join(filter(None, ["MicroAdam", setting, backend, isa]))
             ours = small if backend == "reference" and workload.numel > REFERENCE_NUMEL else tensors
             try:
@@ -90,26 +92,26 @@ def make_contenders(workload: Workload, dtype: torch.dtype, field: Field) -> tup
     return contenders, missing
 
 
-def _backends(field: Field) -> Iterator[tuple[str, str | None]]:
-    yield from ((field.device.type, isa) for isa in field.isas or (None,))
-    if field.reference:
+def _backends(comparison: Comparison) -> Iterator[tuple[str, str | None]]:
+    yield from ((comparison.device.type, isa) for isa in comparison.isas or (None,))
+    if comparison.reference:
         yield "reference", None
 
 
-def _others(field: Field) -> dict[str, Callable[..., Optimizer]]:
+def _others(comparison: Comparison) -> dict[str, Callable[..., Optimizer]]:
     adamw = torch.optim.AdamW
     others: dict[str, Callable[..., Optimizer]] = {
         BASELINE: partial(adamw, fused=True),
         "AdamW foreach": partial(adamw, foreach=True),
     }
-    if field.device.type == "cuda":
+    if comparison.device.type == "cuda":
         return others | {
             "torchao AdamW8bit": partial(_imported, "torchao.optim", "AdamW8bit"),
             "torchao AdamW4bit": partial(_imported, "torchao.optim", "AdamW4bit"),
             "bitsandbytes AdamW8bit": partial(_imported, "bitsandbytes.optim", "AdamW8bit"),
         }
     deepspeed = partial(_imported, "deepspeed.ops.adam", "DeepSpeedCPUAdam")
-    return others | {"DeepSpeedCPUAdam": deepspeed if field.deepspeed else _not_asked_for}
+    return others | {"DeepSpeedCPUAdam": deepspeed if comparison.deepspeed else _not_asked_for}
 
 
 def _imported(module: str, name: str, params: list[Tensor], **settings: float) -> Optimizer:
