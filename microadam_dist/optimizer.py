@@ -247,8 +247,8 @@ class MicroAdam(Optimizer):
         num_skipped = self._backend.step(steps, config, grad_scale)
         for local, flat in copies:
             local.copy_(flat.view(local.shape))
-        torch._foreach_add_([self.state[p]["step"] for p in members], 1)
         for p in members:
+            self.state[p]["step"] += 1
             # A kernel writes through a pointer; a backward pass that still needs the old values must notice.
             torch.autograd.graph.increment_version(self._shards[p].param)
         return num_skipped
