@@ -29,7 +29,6 @@ from microadam_dist.errors import ConfigError, MicroAdamError
 
 NUM_MATRICES = 16
 LR, WEIGHT_DECAY = 1e-3, 0.01
-WARMUP = 11  # steps; the longest window of the settings is full then
 
 
 class Holder(nn.Module):
@@ -115,16 +114,17 @@ def run_rank(
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
     disable_shm_allreduce()
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    warmup = 1 + max(optimizer["params"].get("window_size", 1) for optimizer in chosen.values())  # windows are full
     rows = []
     for stage in stages:
         engines = {name: TimedEngine(numel, ds_config(stage, optimizer)) for name, optimizer in chosen.items()}
-        for _ in range(WARMUP + repeats):
+        for _ in range(warmup + repeats):
             grad = torch.randn(numel // ROW_NUMEL // NUM_MATRICES, ROW_NUMEL, dtype=torch.bfloat16)
             for timed in engines.values():
                 timed.step(grad)
         scale = 1e9 * ranks / numel
         for name, timed in engines.items():
-            own, whole = timed.optimizer_seconds[WARMUP:], timed.engine_seconds[WARMUP:]
+            own, whole = timed.optimizer_seconds[warmup:], timed.engine_seconds[warmup:]
             row = {"stage": stage, "optimizer": name, "optimizer_ns_median": scale * statistics.median(own)}
             rows.append(
                 row | {"optimizer_ns_min": scale * min(own), "engine_ns_median": scale * statistics.median(whole)}
