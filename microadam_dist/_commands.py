@@ -10,12 +10,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from .bench.commands import app as bench
 from .checkpoint.deepspeed_reshard import reshard_checkpoint
 from .diagnostics.environment import backends, chosen, versions
 from .errors import MicroAdamError
 from .planner.cli import plan
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+app.add_typer(bench, name="bench")
 console = Console(stderr=True)
 
 app.command()(plan)

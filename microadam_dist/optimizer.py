@@ -277,7 +277,7 @@ class MicroAdam(Optimizer):
                 copies.append((local, flat))
             grad = shard.grad.contiguous().view(-1)
             num_steps = int(self.state[p]["step"])
-            steps.append(TensorStep(flat, grad, flatten_state(self._local_state(p)), self._layouts[p], num_steps))
+            steps.append(TensorStep(flat, grad, self._local_state(p), self._layouts[p], num_steps))
         num_skipped = self._backend.step(steps, config, grad_scale)
         for local, flat in copies:
             local.copy_(flat.view(local.shape))
@@ -337,7 +337,9 @@ class MicroAdam(Optimizer):
         shards = [self._shards[p] for p in tensors] or list(self.shards().values())
         if not all(shard.may_be_probed for shard in shards):
             return False
-        return not any_rank(any(bool(self._shards[p].grad.any()) for p in tensors), shards)
+        # The number of nonzero elements, without a temporary tensor (`any` makes one of bools).
+        grads = [self._shards[p].grad for p in tensors]
+        return not any_rank(any(bool(torch.linalg.vector_norm(grad, 0)) for grad in grads), shards)
 
     def _require_unchanged(self, groups: Iterable[tuple[MicroAdamConfig, Sequence[Tensor]]]) -> None:
         """State is laid out for the settings and the shape it was made for."""

@@ -61,14 +61,15 @@ inline void accumulate_tiles(const Grad* grad, const Block& block, const Step& s
   const uint8_t* codes = block.codes;
   float* accumulator = s.accumulator;
   uint32_t* maxima = s.maxima;
-  const int64_t numel = block.numel, param_bytes = element_bytes(step.param_dtype);
+  const int64_t numel = block.numel;
+  Prefetcher weights = prefetch_half(block.param, element_bytes(step.param_dtype), numel, 0);
   const Floats grad_scale = splat(step.scalars->grad_scale);
   int64_t i = 0;
   for (int bucket = 0; i < numel; ++bucket) {
     const Decoder decoder = make_decoder(s.bucket_factor[bucket], s.bucket_lo[bucket]);
     const int64_t end = smaller(i + step.bucket_size, numel);
     for (; i + kTile <= end; i += kTile) {
-      prefetch_half(block.param, param_bytes, numel, 0, i);
+      weights.ask();
       accumulate_tile(grad + i, grad_scale, codes + i / 2, decoder, accumulator + i, maxima + i / kGroup);
     }
     const int64_t rest = end - i;
@@ -134,17 +135,17 @@ inline void find_ranges_in_tiles(const Block& block, const Step& step, const Scr
   const float* residual = s.accumulator;
   float *bucket_lo = s.bucket_lo, *bucket_hi = s.bucket_factor;
   const int64_t numel = block.numel, grad_bytes = element_bytes(step.grad_dtype);
-  const void* next_grad = following(block.grad, numel * grad_bytes);
+  Prefetcher next_grad = prefetch_half(following(block.grad, numel * grad_bytes), grad_bytes, numel, 0);
   int64_t i = 0;
   for (int bucket = 0; i < numel; ++bucket) {
     const int64_t end = smaller(i + step.bucket_size, numel);
     Floats low, high;
     tile_range(residual + i, &low, &high);
-    prefetch_half(next_grad, grad_bytes, numel, 0, i);
+    next_grad.ask();
     for (i += kTile; i < end; i += kTile) {
       Floats tile_low, tile_high;
       tile_range(residual + i, &tile_low, &tile_high);
-      prefetch_half(next_grad, grad_bytes, numel, 0, i);
+      next_grad.ask();
       low = min(low, tile_low);
       high = max(high, tile_high);
     }
@@ -190,13 +191,13 @@ inline void encode_tiles(const Block& block, const Step& step, const Scratch& s)
   const float* residual = s.accumulator;
   uint8_t* codes = block.codes;
   const int64_t numel = block.numel, grad_bytes = element_bytes(step.grad_dtype);
-  const void* next_grad = following(block.grad, numel * grad_bytes);
+  Prefetcher next_grad = prefetch_half(following(block.grad, numel * grad_bytes), grad_bytes, numel, 1);
   int64_t i = 0;
   for (int bucket = 0; i < numel; ++bucket) {
     const Floats lo = splat(s.bucket_lo[bucket]), inverse = splat(s.bucket_factor[bucket]);
     const int64_t end = smaller(i + step.bucket_size, numel);
     for (; i + kTile <= end; i += kTile) {
-      prefetch_half(next_grad, grad_bytes, numel, 1, i);
+      next_grad.ask();
       prefetch(following(codes, (numel + i) / 2));
       encode_tile(residual + i, lo, inverse, codes + i / 2);
     }

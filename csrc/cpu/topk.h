@@ -105,9 +105,10 @@ inline int collect_candidates(const Block& block, int64_t param_bytes, uint32_t 
   uint16_t* candidates = s.candidates;
   const int numel = block.numel;
   const Ints below = splat(static_cast<int32_t>(smallest_with_key(key)) - 1);
+  Prefetcher weights = prefetch_half(block.param, param_bytes, numel, 1);
   int count = 0;
   for (int i = 0; i < numel; i += kTile) {
-    prefetch_half(block.param, param_bytes, numel, 1, i);
+    weights.ask();
     Floats tile[kTileVectors];
     for (int j = 0; j < kTileVectors; ++j) tile[j] = load(accumulator + i + j * kLanes);
     count += append_tile(candidates + count, i, tile, below);

@@ -57,10 +57,21 @@ inline const void* following(const void* address, int64_t nbytes) {
   return reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(address) + static_cast<uintptr_t>(nbytes));
 }
 
-// The portion of the tile at i, when two loops over the tiles ask for one half of an array each.
-inline void prefetch_half(const void* array, int64_t element_bytes, int64_t numel, int half, int64_t i) {
-  const int64_t start = (half * numel + i) * element_bytes / 2;
-  for (int64_t j = 0; j < kTile * element_bytes / 2; j += kCacheLine) prefetch(following(array, start + j));
+// Asks for one half of an array in equal portions, one for each tile of a block.
+struct Prefetcher {
+  uintptr_t next;
+  uintptr_t portion;  // bytes; one or two cache lines
+
+  void ask() {
+    __builtin_prefetch(reinterpret_cast<const void*>(next), 0, 2);
+    __builtin_prefetch(reinterpret_cast<const void*>(next + portion / 2), 0, 2);
+    next += portion;
+  }
+};
+
+inline Prefetcher prefetch_half(const void* array, int64_t element_bytes, int64_t numel, int half) {
+  return {reinterpret_cast<uintptr_t>(array) + static_cast<uintptr_t>(half * numel * element_bytes / 2),
+          static_cast<uintptr_t>(kTile * element_bytes / 2)};
 }
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -22,7 +22,7 @@ class TensorStep:
         param: (numel,) fp32, bf16 or fp16, contiguous; updated in place.
         grad: (numel,) any float dtype, contiguous; only read. None: only the weights are updated, from a window whose
             newest slot has been put there, and ``state`` needs no more than that window; not for the dense path.
-        state: The flat state tensors named in ``layout.tensors``; updated in place.
+        state: The state tensors named in ``layout.tensors``, contiguous, of any shape; updated in place.
         layout: Where the blocks lie in all of these.
         step: Steps this tensor has taken before.
         param_copy: (numel,) bf16, contiguous, or None. A second output: wherever the layout has spans it holds the

@@ -47,7 +47,7 @@ class ReferenceBackend:
     def _dense_step(tensor: TensorStep, grad: Tensor, dense: DenseRun, scalars: StepScalars) -> Tensor:
         local = slice(dense.start, dense.start + dense.numel)
         moments = slice(dense.state_start, dense.state_start + dense.numel)
-        exp_avg, exp_avg_sq = (tensor.state[name][moments] for name in DENSE_TENSORS)
+        exp_avg, exp_avg_sq = (tensor.state[name].view(-1)[moments] for name in DENSE_TENSORS)
         return adamw_step_(tensor.param[local], grad[local], exp_avg, exp_avg_sq, scalars)
 
 

@@ -42,8 +42,9 @@ ALLOWED = {
     "checkpoint*": f"{CORE} state quantization checkpoint*",
     "diagnostics*": f"{CORE} state quantization backends* diagnostics*",
     "optimizer": f"{CORE} state backends.base engines.base checkpoint.format checkpoint.match",
+    "bench*": f"{CORE} planner* backends.cpu optimizer diagnostics* bench*",
     "cli": "_commands",
-    "_commands": f"{CORE} planner* checkpoint* diagnostics*",
+    "_commands": f"{CORE} planner* checkpoint* diagnostics* bench.commands",
     "gradient_release": "errors engines.base optimizer",
     "integrations*": "*",
     "sharded_state": f"{CORE} engines.base optimizer checkpoint.dcp",
@@ -56,13 +57,13 @@ ALLOWED = {
 PLANNER = "planner planner.activations planner.engines planner.gpus planner.memory planner.shapes"
 STANDARD_LIBRARY_ONLY = f"{CORE} {PLANNER} cli"
 TORCH_DISTRIBUTED = "engines* checkpoint* diagnostics*"
-ANYWHERE = {"typer": "_commands planner.cli", "rich": "_commands planner.cli"}
+ANYWHERE = dict.fromkeys(("typer", "rich"), "_commands planner.cli bench.commands")
 LAZILY = {
     "deepspeed": "engines.deepspeed* checkpoint.deepspeed deepspeed",
     "accelerate": "integrations.*",
     "transformers": "integrations.*",
     "huggingface_hub": "planner.cli",
-    "matplotlib": "planner.plot",
+    "matplotlib": "planner.plot bench.plot",
     "cuda": "backends.cuda",
     "numpy": "backends.cuda backends.cpu",
 }

@@ -192,6 +192,15 @@ def test_gradient_is_not_touched(name: str) -> None:
         assert (bits(grad), grad._version) == (before, version)
 
 
+def test_group_without_gradients_is_left_alone() -> None:
+    trained, frozen = (torch.ones(64, 64, requires_grad=True) for _ in range(2))
+    trained.grad = torch.ones_like(trained)
+    optimizer = MicroAdam([{"params": [trained]}, {"params": [frozen]}])
+    optimizer.step()
+    assert int(optimizer.state[trained]["step"]) == 1
+    assert frozen not in optimizer.state and torch.equal(frozen, torch.ones(64, 64))
+
+
 def test_sparse_gradient_is_refused_before_anything_changes() -> None:
     dense, embedding = nn.Linear(128, 64), nn.Embedding(64, 128, sparse=True)
     optimizer = MicroAdam([*dense.parameters(), *embedding.parameters()])

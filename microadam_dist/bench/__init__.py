@@ -1,0 +1,1 @@
+"""`microadam bench`: optimizer steps side by side in one process."""

@@ -1,0 +1,159 @@
+"""``microadam bench``."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from enum import Enum
+from functools import partial
+from importlib.util import find_spec
+from itertools import groupby, product
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from ..backends.cpu import CpuBackend
+from ..diagnostics.environment import versions
+from ..errors import BackendUnavailableError, ConfigError, MicroAdamError
+from .contenders import BASELINE, Comparison, make_contenders
+from .measure import Row, describe, measure, num_steps
+from .plot import plot
+from .workload import Workload, parse_dtype, parse_model, parse_numel, parse_setting
+
+app = typer.Typer(no_args_is_help=True, help="Optimizer steps side by side in one process.")
+console = Console(stderr=True)
+
+
+class Device(str, Enum):
+    """Where a step can be measured."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+@app.command()
+def step(
+    device: Annotated[Device, typer.Option(help="Where the parameters lie.")] = Device.cpu,
+    numel: Annotated[str, typer.Option(help="Sizes: 64M is one matrix, 1000x64K a thousand.")] = "16M,64M",
+    model: Annotated[str, typer.Option(help="Tensors of these Llamas instead of --numel: 7b, 13b, 8b.")] = "",
+    dtype: Annotated[str, typer.Option(help="Of weights and gradients: fp32, bf16, fp16.")] = "fp32,bf16",
+    settings: Annotated[str, typer.Option(help="MicroAdam's window_size/density.")] = "10/1%,2/5%,1/10%",
+    weight_decay: Annotated[float, typer.Option(help="Of all optimizers.")] = 0.01,
+    isa: Annotated[str, typer.Option(help="Instruction sets of the CPU kernel; default: the best one.")] = "",
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: as many as torch takes.")] = 0,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed steps of every optimizer, in turn.")] = 15,
+    reference: Annotated[bool, typer.Option(help="Also the pure PyTorch backend (at most 1M parameters).")] = True,
+    deepspeed: Annotated[bool, typer.Option("--deepspeed", help="Also DeepSpeedCPUAdam; compiles its op.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw time against size to this file.")] = None,
+) -> None:
+    """Time optimizer steps: MicroAdam, torch's AdamW and others, and a plain copy.
+
+    All of them step in turn, with gradients that change from step to step. One fused pass over memory reads the
+    gradient, and reads and writes weights and state; of a window it reads all slots and writes one.
+    """
+    try:
+        if threads:
+            torch.set_num_threads(threads)
+        workloads = [parse_model(x) for x in _list(model)] or [parse_numel(x) for x in _list(numel)]
+        dtypes = {x: parse_dtype(x) for x in _list(dtype)}
+        configs = {x: parse_setting(x, weight_decay) for x in _list(settings)}
+        if not (workloads and dtypes and configs):
+            raise ConfigError("there is nothing to measure: --numel, --dtype and --settings each need a value.")
+        if plot_file and find_spec("matplotlib") is None:
+            raise ConfigError("--plot needs matplotlib: pip install 'microadam-dist[bench]'.")
+        comparison = Comparison(_usable(device), configs, _usable_isas(isa, device), reference, deepspeed)
+        rows, missing = _run(list(product(workloads, dtypes.items())), comparison, repeats)
+    except MicroAdamError as error:
+        console.print(f"[red]error:[/] {error}", highlight=False)
+        raise typer.Exit(1) from None
+    _print(rows, missing)
+    machine = describe(comparison.device)
+    if json_file:
+        result = {
+            "command": shlex.join(["microadam", *sys.argv[1:]]),
+            "device": machine,
+            "versions": versions(),
+            "not_measured": missing,
+            "rows": [asdict(row) for row in rows],
+        }
+        json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if plot_file:
+        plot(rows, f"{machine['name']}, {machine.get('threads', 1)} threads", plot_file)
+
+
+def _list(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _usable(device: Device) -> torch.device:
+    if device is Device.cuda and not torch.cuda.is_available():
+        raise BackendUnavailableError(
+            f"--device cuda: torch {torch.__version__} sees no CUDA device here; use --device cpu, or a machine with a "
+            "GPU and a CUDA build of torch."
+        )
+    return torch.device(device.value)
+
+
+def _usable_isas(text: str, device: Device) -> tuple[str, ...]:
+    isas = tuple(_list(text))
+    if isas and device is not Device.cpu:
+        raise ConfigError(f"--isa {text}: only the CPU kernel has instruction sets to choose from; use --device cpu.")
+    for name in isas:
+        CpuBackend(name)  # raises if this machine does not have it
+    return isas
+
+
+def _run(
+    cases: Sequence[tuple[Workload, tuple[str, torch.dtype]]], comparison: Comparison, repeats: int
+) -> tuple[list[Row], dict[str, str]]:
+    warmup = 1 + max(config.window_size for config in comparison.configs.values())
+    rows: list[Row] = []
+    missing: dict[str, str] = {}
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console) as bar:
+        for workload, (name, dtype) in cases:
+            task = bar.add_task(f"{workload.name} {name}", total=None)
+            contenders, missing = make_contenders(workload, dtype, comparison)
+            bar.update(task, total=len(contenders) * num_steps(warmup, repeats))
+            rows += measure(
+                workload.name,
+                name,
+                contenders,
+                warmup=warmup,
+                repeats=repeats,
+                progress=partial(bar.advance, task),
+            )
+            del contenders  # before the next ones are made
+    return rows, missing
+
+
+def _print(rows: Sequence[Row], missing: dict[str, str]) -> None:
+    output = Console()
+    for (workload, dtype), members in groupby(rows, key=lambda row: (row.workload, row.dtype)):
+        table = Table(
+            title=f"{workload} parameters, {dtype}",
+            caption=f"ns a parameter: median, minimum; speed against {BASELINE}; bytes of state a parameter; GB/s if "
+            "one fused pass moved no more than it must; MB that a step takes and gives back",
+            box=SIMPLE_HEAD,
+        )
+        table.add_column("", no_wrap=True)
+        for title in ("ns", "min", "speed", "state", "GB/s", "MB"):
+            table.add_column(title, justify="right")
+        for row in members:
+            extra = "?" if row.peak_extra_bytes is None else f"{row.peak_extra_bytes / 1e6:.1f}"
+            numbers = (f"{row.ns_median:.3f}", f"{row.ns_min:.3f}", f"{row.speedup:.2f}x", f"{row.state_bytes:.2f}")
+            style = "bold" if row.contender.startswith("MicroAdam") else None
+            table.add_row(row.contender, *numbers, f"{row.floor_rate / 1e9:.1f}", extra, style=style)
+        output.print(table)
+    for contender, reason in missing.items():
+        output.print(f"{contender}: {reason}", highlight=False, markup=False)
