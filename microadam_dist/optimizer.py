@@ -268,23 +268,21 @@ class MicroAdam(Optimizer):
     def _update(self, members: Sequence[Tensor], config: MicroAdamConfig, grad_scale: float) -> int:
         """Step this rank's part of these tensors; returns the number of skipped blocks."""
         self._has_loaded_shards = False
-        steps, copies = [], []
-        for p in members:
-            shard = self._shards[p]
-            local = shard.param
-            flat = local.contiguous().view(-1)  # a copy where the parameter is not row-major in memory
-            if flat.data_ptr() != local.data_ptr():
-                copies.append((local, flat))
-            grad = shard.grad.contiguous().view(-1)
-            num_steps = int(self.state[p]["step"])
-            steps.append(TensorStep(flat, grad, self._local_state(p), self._layouts[p], num_steps))
+        shards = [self._shards[p] for p in members]
+        locals_ = [shard.param for shard in shards]
+        # Copies where a parameter is not row-major in memory.
+        flats = [local.contiguous().view(-1) for local in locals_]
+        steps = [
+            TensorStep(flat, shard.grad.contiguous().view(-1), state, self._layouts[p], int(state["step"]))
+            for p, shard, flat, state in zip(members, shards, flats, map(self._unwrapped_state, members), strict=True)
+        ]
         num_skipped = self._backend.step(steps, config, grad_scale)
-        for local, flat in copies:
-            local.copy_(flat.view(local.shape))
-        for p in members:
+        for p, local, flat in zip(members, locals_, flats, strict=True):
+            if flat.data_ptr() != local.data_ptr():
+                local.copy_(flat.view(local.shape))
             self.state[p]["step"] += 1
-            # A kernel writes through a pointer; a backward pass that still needs the old values must notice.
-            torch.autograd.graph.increment_version(self._shards[p].param)
+        # A kernel writes through a pointer; a backward pass that still needs the old values must notice.
+        torch.autograd.graph.increment_version(locals_)
         return num_skipped
 
     def _count_nonfinite(self, num_blocks: int) -> None:
@@ -344,15 +342,17 @@ class MicroAdam(Optimizer):
     def _require_unchanged(self, groups: Iterable[tuple[MicroAdamConfig, Sequence[Tensor]]]) -> None:
         """State is laid out for the settings and the shape it was made for."""
         for config, members in groups:
+            unchanged = None
             for p in members:
                 shard, made_for = self._shards[p], self._layouts[p].config
-                for name in STRUCTURAL_SETTINGS:
+                for name in STRUCTURAL_SETTINGS if made_for is not unchanged else ():
                     if getattr(config, name) != getattr(made_for, name):
                         raise ConfigError(
                             f"{name}={getattr(config, name)!r}: the state of parameter {shard.name!r} was made with "
                             f"{getattr(made_for, name)!r}. It cannot change once state exists; set it back, or "
                             "construct a new optimizer."
                         )
+                unchanged = made_for
                 if tuple(shard.param.shape) != shard.local_shape:
                     raise UnsupportedLayoutError(
                         f"parameter {shard.name!r} has shape {tuple(shard.param.shape)} now, its state was made for "
@@ -367,6 +367,13 @@ class MicroAdam(Optimizer):
         self._layouts[p] = layout
         if self._exchange is not None:
             self._exchange.forget(p)
+
+    def _unwrapped_state(self, p: Tensor) -> Mapping[str, Tensor]:
+        """This rank's part of the state tensors of ``p``, and ``step``."""
+        state: dict[str, Tensor] = self.state[p]
+        if type(self._shards[p]).unwrap is Shard.unwrap:  # a dictionary a tensor and step is work for the collector
+            return state
+        return {"step": state["step"], **self._local_state(p)}
 
     def _local_state(self, p: Tensor) -> dict[str, Tensor]:
         """This rank's part of the state tensors of ``p``, without ``step``."""

@@ -14,7 +14,7 @@ from ..errors import BackendUnavailableError, ConfigError
 from ..layout import StateLayout
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorStep:
     """What a backend needs to update one local tensor.
 
@@ -22,7 +22,8 @@ class TensorStep:
         param: (numel,) fp32, bf16 or fp16, contiguous; updated in place.
         grad: (numel,) any float dtype, contiguous; only read. None: only the weights are updated, from a window whose
             newest slot has been put there, and ``state`` needs no more than that window; not for the dense path.
-        state: The state tensors named in ``layout.tensors``, contiguous, of any shape; updated in place.
+        state: The state tensors named in ``layout.tensors``, contiguous, of any shape; updated in place. It may hold
+            others.
         layout: Where the blocks lie in all of these.
         step: Steps this tensor has taken before.
         param_copy: (numel,) bf16, contiguous, or None. A second output: wherever the layout has spans it holds the

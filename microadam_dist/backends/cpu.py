@@ -8,9 +8,10 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import struct
 import weakref
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int, c_int64
 from pathlib import Path
 from typing import Any
 
@@ -64,17 +65,10 @@ class _Scalars(Structure):
 _STATE_NAMES = ("codes", "bucket_lo", "bucket_hi", "indices", "values", "exp_avg", "exp_avg_sq")
 
 
-class _Tensor(Structure):
-    _fields_ = [
-        *((name, c_void_p) for name in ("param", "grad", "param_copy", *_STATE_NAMES)),
-        ("block_runs", POINTER(_BlockRun)),
-        ("dense_runs", POINTER(_DenseRun)),
-        ("scalars", POINTER(_Scalars)),
-        ("num_block_runs", c_int64),
-        ("num_dense_runs", c_int64),
-        ("param_dtype", c_int32),
-        ("grad_dtype", c_int32),
-    ]
+# microadam_tensor: pointers to param, grad, param_copy, the state tensors, block runs, dense runs and scalars; numbers
+# of block and dense runs; dtypes of param and grad. Packed by hand, because a ctypes object a tensor takes longer than
+# the step of a small one.
+_TENSOR = struct.Struct(f"{6 + len(_STATE_NAMES)}P2q2i")
 
 
 class _Settings(Structure):
@@ -89,6 +83,8 @@ class _Runs:
         self.dense = (_DenseRun * len(layout.dense_runs))(
             *(_DenseRun(run.start, run.numel, run.state_start) for run in layout.dense_runs)
         )
+        self.addresses = ctypes.addressof(self.blocks), ctypes.addressof(self.dense)
+        self.lengths = len(self.blocks), len(self.dense)
 
 
 def _block_run(run: BlockRun) -> _BlockRun:
@@ -152,12 +148,9 @@ class CpuBackend:
             tensor.grad if tensor.grad is None or tensor.grad.dtype in _DTYPES else tensor.grad.float()
             for tensor in tensors
         ]
-        table = (_Tensor * len(tensors))(
-            *(
-                self._row(tensor, grad, scalars[tensor.step])
-                for tensor, grad in zip(tensors, grads, strict=True)  # grads lives until the call is over
-            )
-        )
+        table = ctypes.create_string_buffer(max(1, len(tensors)) * _TENSOR.size)
+        for i, (tensor, grad) in enumerate(zip(tensors, grads, strict=True)):  # grads lives until the call is over
+            _TENSOR.pack_into(table, i * _TENSOR.size, *self._row(tensor, grad, scalars[tensor.step]))
         settings = _Settings(config.window_size, config.bucket_size)
         num_skipped = self._library.microadam_cpu_step(
             byref(settings), table, len(tensors), ISAS[self.isa], self.num_threads
@@ -166,19 +159,17 @@ class CpuBackend:
             raise MemoryError("the CPU kernel could not allocate its scratch memory, less than 1 MB a thread.")
         return int(num_skipped)
 
-    def _row(self, tensor: TensorStep, grad: Tensor | None, scalars: _Scalars) -> _Tensor:
-        runs = self._runs_of(tensor.layout)
-        copy, state = tensor.param_copy, tensor.state
-        return _Tensor(
+    def _row(self, tensor: TensorStep, grad: Tensor | None, scalars: _Scalars) -> tuple[int, ...]:
+        """The fields of `_TENSOR`."""
+        runs, state, copy = self._runs_of(tensor.layout), tensor.state, tensor.param_copy
+        return (
             tensor.param.data_ptr(),
-            None if grad is None else grad.data_ptr(),
-            None if copy is None else copy.data_ptr(),
-            *(state[name].data_ptr() if name in state else None for name in _STATE_NAMES),
-            runs.blocks,
-            runs.dense,
-            ctypes.pointer(scalars),
-            len(runs.blocks),
-            len(runs.dense),
+            0 if grad is None else grad.data_ptr(),
+            0 if copy is None else copy.data_ptr(),
+            *[state[name].data_ptr() if name in state else 0 for name in _STATE_NAMES],
+            *runs.addresses,
+            ctypes.addressof(scalars),
+            *runs.lengths,
             _DTYPES[tensor.param.dtype],
             _DTYPES[tensor.param.dtype if grad is None else grad.dtype],
         )
@@ -244,7 +235,7 @@ def load_library() -> ctypes.CDLL:
         )
     library.microadam_cpu_threading.restype = c_char_p
     library.microadam_cpu_step.restype = c_int64
-    library.microadam_cpu_step.argtypes = [POINTER(_Settings), POINTER(_Tensor), c_int64, c_int, c_int]
+    library.microadam_cpu_step.argtypes = [POINTER(_Settings), c_char_p, c_int64, c_int, c_int]
     return library
 
 

@@ -158,7 +158,7 @@ class Shard:
         Raises:
             CheckpointMismatchError: It is distributed in another way than the parameter.
         """
-        if hasattr(state, "placements"):
+        if type(state) is not Tensor and hasattr(state, "placements"):
             raise CheckpointMismatchError(
                 f"state of {self.name!r} is a DTensor with placements {state.placements}, the parameter a "
                 "plain tensor. Load it with torch.distributed.checkpoint, which reshards."
