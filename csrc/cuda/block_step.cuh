@@ -1,0 +1,110 @@
+// The step on one Top-K block, the phases in the order of the algorithm, and on one piece of the dense path.
+#pragma once
+
+#include "block.cuh"
+#include "error_feedback.cuh"
+#include "topk.cuh"
+#include "window.cuh"
+
+namespace microadam {
+
+template <class Param, class Grad>
+__device__ __forceinline__ void skip_block(const Block<Param, Grad>& block, const Launch& launch,
+                                           const Scalars& scalars) {
+  store_empty_slot(block, scalars);
+  if (block.param_copy != nullptr) {
+    for (int i = threadIdx.x; i < block.numel; i += kThreads) round_to(block.param_copy + i, to_float(block.param[i]));
+  }
+  if (threadIdx.x == 0) atomicAdd(launch.num_skipped, 1);
+}
+
+template <bool kAligned, class Param, class Grad>
+__device__ __forceinline__ void block_step(const Block<Param, Grad>& block, const Launch& launch,
+                                           const Scalars& scalars, Shared& s) {
+  float a[kChunks][kVector];
+  stage_window(block, s);
+  accumulate<kAligned>(block, scalars.grad_scale, a);
+  clear_bins(s);
+  clear_sums(s);
+  __syncthreads();
+  sum_old_slots(block, 0, launch, scalars, s);
+
+  Threshold threshold;
+  if (!find_threshold(a, block.numel, block.num_kept, &threshold, s)) {
+    skip_block(block, launch, scalars);
+    return;
+  }
+  Kept kept[kChunks];
+  mark_kept(a, threshold, kept, s);
+
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) {
+    if (c > 0) {
+      if (c * kSection >= block.numel) break;
+      clear_sums(s);
+      __syncthreads();
+      sum_old_slots(block, c, launch, scalars, s);
+      __syncthreads();
+    }
+    store_kept(block, c, a[c], kept[c], scalars, s);
+    if (buckets_fit_warps()) encode_chunk<kAligned>(block, c, a[c]);
+    __syncthreads();
+    compute_updates(block, c, scalars, s);
+    __syncthreads();
+    apply_updates<kAligned>(block, c, scalars, s);
+  }
+  if (!buckets_fit_warps()) encode_any<kAligned>(block, a, s);
+}
+
+// AdamW on kChunks * kSection elements of the dense path, beginning with number `start` of the run:
+// m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2;  p = p * (1 - lr*wd) - lr * (m_hat / (eps + sqrt(v_hat)))
+template <class Param, class Grad>
+__device__ __forceinline__ void dense_step(const Tensor& tensor, const Run& run, int64 start, const Launch& launch,
+                                           const Scalars& scalars, int32* flag) {
+  Param* const param = static_cast<Param*>(tensor.param) + run.elements.start;
+  const Grad* const grad = static_cast<const Grad*>(tensor.grad) + run.elements.start;
+  float* const exp_avg = tensor.exp_avg + run.kept.start;
+  float* const exp_avg_sq = tensor.exp_avg_sq + run.kept.start;
+  const int64 end = min(start + kChunks * kSection, run.numel);
+  bool is_finite = true;
+  for (int64 i = start + threadIdx.x; i < end; i += kThreads) {
+    const float g = to_float(grad[i]) * scalars.grad_scale;
+    if ((bf16_bits(g) & 0x7fffu) < kFirstNotFiniteBin << kMantissaBits) {
+      const float m = exp_avg[i] * scalars.beta1 + g * scalars.one_minus_beta1;
+      const float v = exp_avg_sq[i] * scalars.beta2 + (g * g) * scalars.one_minus_beta2;
+      const float update = adam_update(m * scalars.m_correction, v * scalars.v_correction, scalars);
+      exp_avg[i] = m;
+      exp_avg_sq[i] = v;
+      round_to(param + i, to_float(param[i]) * scalars.decay - update);
+    } else {
+      is_finite = false;
+    }
+    if (tensor.param_copy != nullptr) round_to(tensor.param_copy + run.elements.start + i, to_float(param[i]));
+  }
+  if (!is_finite && atomicExch(flag, 1) == 0) atomicAdd(launch.num_skipped, 1);
+}
+
+// What thread block number `index` of a launch does.
+template <class Param, class Grad>
+__device__ __forceinline__ void step(const Launch& launch, uint32 index, Shared& s) {
+  const Scalars scalars = launch.device_scalars == nullptr ? launch.scalars : *launch.device_scalars;
+  if (scalars.is_skipped) return;
+  uint32 number = launch.first_runs[index >> kRunShift];
+  while (launch.runs[number + 1].first_block <= index) ++number;
+  const Run& run = launch.runs[number];
+  const Tensor& tensor = launch.tensors[run.tensor];
+  const uint32 index_in_run = index - static_cast<uint32>(run.first_block);
+  if (run.num_kept == 0) {
+    const int64 start = static_cast<int64>(index_in_run) * (kChunks * kSection);
+    dense_step<Param, Grad>(tensor, run, start, launch, scalars, launch.dense_flags + number);
+    return;
+  }
+  const Block<Param, Grad> block = find_block<Param, Grad>(tensor, run, index_in_run);
+  if (run.is_aligned && tensor.is_aligned) {
+    block_step<true>(block, launch, scalars, s);
+  } else {
+    block_step<false>(block, launch, scalars, s);
+  }
+}
+
+}  // namespace microadam

@@ -1,0 +1,91 @@
+"""The CUDA kernel on the CPU: its own source, compiled by a C++ compiler, one fiber a CUDA thread."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from microadam_dist.backends.base import TensorStep
+from microadam_dist.backends.cuda_launch import (
+    DTYPES,
+    MAX_TENSORS,
+    Launch,
+    Plan,
+    Shape,
+    fill_launch,
+    host_scalars,
+    same_kernel,
+    window_weights,
+)
+from microadam_dist.config import MicroAdamConfig
+
+SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
+COMPILER = shutil.which("g++") or shutil.which("clang++")
+_builds = tempfile.TemporaryDirectory(prefix="microadam-harness-")
+
+
+@functools.cache
+def build(sources: Path, param: str, grad: str, shape: Shape) -> ctypes.CDLL:
+    """Compile the harness for these element types and this shape of a thread block."""
+    assert COMPILER is not None
+    library = Path(_builds.name, f"{len(list(Path(_builds.name).iterdir()))}.so")
+    macros = {"PARAM": param, "GRAD": grad, "THREADS": shape.threads, "CHUNKS": shape.chunks}
+    flags = "-std=c++17 -O1 -ffp-contract=off -Wall -Wextra -Werror -Wno-unknown-pragmas -fPIC -shared".split()
+    defines = [f"-DMICROADAM_{name}={value}" for name, value in {**macros, "MAX_TENSORS": MAX_TENSORS}.items()]
+    source = sources / "harness" / "harness.cpp"
+    command = [COMPILER, *flags, "-DMICROADAM_HARNESS", *defines, "-o", str(library), str(source)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    loaded = ctypes.CDLL(str(library))
+    loaded.harness_step.argtypes = [ctypes.POINTER(Launch), ctypes.c_uint, *(ctypes.c_int,) * 3]
+    assert loaded.harness_launch_bytes() == ctypes.sizeof(Launch)
+    return loaded
+
+
+class HarnessBackend:
+    """Runs the kernel with the tables of the CUDA backend.
+
+    Args:
+        reverse: The threads take turns from the last to the first.
+        threads: Instead of the shape the CUDA backend would take, one with so many threads.
+        sources: Another copy of ``csrc/cuda``.
+    """
+
+    name = "harness"
+
+    def __init__(self, reverse: bool = False, threads: int | None = None, sources: Path = SOURCES) -> None:
+        self._reverse, self._threads, self._sources = reverse, threads, sources
+
+    def check(self, config: MicroAdamConfig, device: torch.device) -> None:
+        pass
+
+    def step(self, tensors: Sequence[TensorStep], config: MicroAdamConfig, grad_scale: float) -> int:
+        grads = [tensor.grad if tensor.grad.dtype in DTYPES else tensor.grad.float() for tensor in tensors]
+        weights = window_weights(config, torch.device("cpu"))
+        num_skipped = 0
+        for members in same_kernel(tensors, grads):
+            group = [tensors[i] for i in members]
+            layouts = [tensor.layout for tensor in group]
+            shape = self._shape(layouts)
+            plan = Plan(layouts, shape, torch.device("cpu"))
+            skipped = torch.zeros(1 + plan.num_runs, dtype=torch.int32)
+            launch = fill_launch(plan, group, [grads[i] for i in members], weights, skipped)
+            launch.scalars = host_scalars(group[0].step, config, grad_scale)
+            library = build(self._sources, DTYPES[group[0].param.dtype], DTYPES[grads[members[0]].dtype], shape)
+            library.harness_step(
+                ctypes.byref(launch), plan.num_blocks, config.window_size, config.bucket_size, self._reverse
+            )
+            num_skipped += int(skipped[0])
+        return num_skipped
+
+    def _shape(self, layouts: Sequence) -> Shape:
+        longest = max((run.numel for layout in layouts for run in layout.runs), default=1)
+        if self._threads is None:
+            return Shape.for_blocks(longest)
+        return Shape(self._threads, -(-longest // Shape(self._threads, 1).capacity))
