@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -13,13 +12,14 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
-from .backends.base import TensorStep, select_backend
+from .backends.base import CapturableBackend, DeviceInputs, TensorStep, select_backend
 from .checkpoint.format import LAYOUT_KEY, describe_layouts, read_layouts
 from .checkpoint.match import match_groups, match_names, match_spans, match_tensors, state_dict_parts
 from .config import SETTING_NAMES, STRUCTURAL_SETTINGS, MicroAdamConfig, reject_unknown_settings
 from .engines.base import NamedParameter, Shard, Slot, any_rank, engines, find_shard, process_rank
 from .errors import ConfigError, MicroAdamError, UnsupportedLayoutError
 from .layout import DENSE_TENSORS, StateLayout
+from .nonfinite import NonfiniteCounter
 from .state import allocate_state, flatten_state, shape_state
 
 _PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -56,7 +56,7 @@ class MicroAdam(Optimizer):
     at every step. Vectors and small matrices (norms, biases) take AdamW with fp32 moments.
 
     Args:
-        params: Parameters, named parameters or param groups; fp32, bf16 or fp16. Every setting but the last two may be
+        params: Parameters, named parameters or param groups; fp32, bf16 or fp16. All settings but the last three may be
             given per group.
         lr, betas, eps, weight_decay: As in `torch.optim.AdamW`.
         window_size: Number of sparse gradients kept (``m`` in the paper). 1 stores no window at all.
@@ -67,6 +67,8 @@ class MicroAdam(Optimizer):
         backend: ``"auto"`` or the name of a backend; a named one never falls back to another.
         sparse_allgather: Under DeepSpeed ZeRO-1, 2: after the step send only the weights that changed, see
             `engines.deepspeed_sparse`; the bytes are counted in ``exchanged_bytes``. The weights are the same.
+        capturable: Count the steps on the GPU and read ``lr`` (if it is a tensor there) and what GradScaler found there
+            too, so that a step waits for nothing and can be captured in a CUDA graph. Needs ``backend="cuda"``.
 
     Raises:
         ConfigError: A setting is unknown or outside its range, or a parameter has an unsupported dtype.
@@ -92,6 +94,7 @@ class MicroAdam(Optimizer):
         ef_bits: int = 4,
         backend: str = "auto",
         sparse_allgather: bool = False,
+        capturable: bool = False,
         **unknown: Any,
     ) -> None:
         reject_unknown_settings(unknown)
@@ -107,15 +110,19 @@ class MicroAdam(Optimizer):
             "ef_bits": ef_bits,
         }
         defaults = _with_numbers(defaults, MicroAdamConfig.from_dict(defaults))
-        if not isinstance(sparse_allgather, bool):
-            raise ConfigError(f"sparse_allgather={sparse_allgather!r}: expected true or false.")
+        for name, flag in (("sparse_allgather", sparse_allgather), ("capturable", capturable)):
+            if not isinstance(flag, bool):
+                raise ConfigError(f"{name}={flag!r}: expected true or false.")
+        if capturable and backend not in ("auto", "cuda"):
+            raise ConfigError(f'capturable=True with backend={backend!r}: only backend="cuda" can be captured.')
         self.sparse_allgather = sparse_allgather
+        self.capturable = capturable
         self.exchanged_bytes = ExchangedBytes()
-        self._backend = select_backend(backend)
+        self._backend = select_backend("cuda" if capturable else backend)
         self._constructed: list[list[NamedParameter]] = []
         self._shards: dict[Tensor, Shard] = {}  # how the data of a tensor is reached; found with its layout
         self._layouts: dict[Tensor, StateLayout] = {}
-        self._num_nonfinite_blocks = 0
+        self._nonfinite = NonfiniteCounter()
         super().__init__(params, defaults)
         for engine in engines():
             engine.whitelist(type(self))
@@ -154,7 +161,7 @@ class MicroAdam(Optimizer):
     @property
     def num_nonfinite_blocks(self) -> int:
         """Blocks skipped so far on this rank because of a NaN, an Inf or a magnitude of 2**60 in the accumulator."""
-        return self._num_nonfinite_blocks
+        return self._nonfinite.total
 
     def state_bytes(self) -> StateBytes:
         """State this rank holds now, as allocated (step counters not counted)."""
@@ -195,23 +202,24 @@ class MicroAdam(Optimizer):
 
         found_inf: Tensor | None = getattr(self, "found_inf", None)  # both are set by GradScaler for this call only
         loss_scale: Tensor | None = getattr(self, "grad_scale", None)
-        if found_inf is not None and float(found_inf):  # a plain 0 when no parameter has a gradient
+        if not self.capturable and found_inf is not None and float(found_inf):  # a plain 0 when there is no gradient
             return loss
-        grad_scale = 1.0 if loss_scale is None else 1.0 / float(loss_scale)
-
         groups = [
-            (MicroAdamConfig.from_dict(group), [p for p in group["params"] if p.grad is not None])
-            for group in self.param_groups
+            (self._config(group), [p for p in group["params"] if p.grad is not None]) for group in self.param_groups
         ]
         tensors = [p for _, members in groups for p in members]
         if self._prepare(tensors) and self._is_probe(tensors):
             return loss
         self._require_unchanged(groups)
 
-        num_skipped = 0
-        for config, members in groups:
-            num_skipped += self._step_group(members, config, grad_scale)
-        self._count_nonfinite(num_skipped)
+        skipped = []
+        for group, (config, members) in zip(self.param_groups, groups, strict=True):
+            if self.capturable:
+                skipped.append(self._step_group(members, config, _device_inputs(group, loss_scale, found_inf)))
+            else:
+                grad_scale = 1.0 if loss_scale is None else 1.0 / float(loss_scale)
+                skipped.append(self._step_group(members, config, grad_scale))
+        self._nonfinite.add(skipped)
         return loss
 
     @torch.no_grad()
@@ -228,12 +236,22 @@ class MicroAdam(Optimizer):
             UnsupportedLayoutError: As `step`.
             ConfigError: As `step`.
         """
-        config = MicroAdamConfig.from_dict(self.param_groups[group_index])
+        group = self.param_groups[group_index]
+        config = self._config(group)
         self._prepare([param])
         self._require_unchanged([(config, [param])])
-        self._count_nonfinite(self._step_group([param], config, grad_scale=1.0))
+        scaling = _device_inputs(group, None, None) if self.capturable else 1.0
+        self._nonfinite.add([self._step_group([param], config, scaling)])
 
-    def _step_group(self, members: Sequence[Tensor], config: MicroAdamConfig, grad_scale: float) -> int:
+    def _config(self, group: Mapping[str, Any]) -> MicroAdamConfig:
+        """The settings of a group; a learning rate that is read on the device counts as 0."""
+        if self.capturable and isinstance(group["lr"], Tensor) and group["lr"].is_cuda:
+            group = {**group, "lr": 0.0}
+        return MicroAdamConfig.from_dict(group)
+
+    def _step_group(
+        self, members: Sequence[Tensor], config: MicroAdamConfig, scaling: float | DeviceInputs
+    ) -> int | Tensor:
         steps, copies = [], []
         for p in members:
             shard = self._shards[p]
@@ -242,26 +260,24 @@ class MicroAdam(Optimizer):
             if flat.data_ptr() != local.data_ptr():
                 copies.append((local, flat))
             grad = shard.grad.contiguous().view(-1)
-            num_steps = int(self.state[p]["step"])
-            steps.append(TensorStep(flat, grad, flatten_state(self._local_state(p)), self._layouts[p], num_steps))
-        num_skipped = self._backend.step(steps, config, grad_scale)
+            state, layout, counter = flatten_state(self._local_state(p)), self._layouts[p], self.state[p]["step"]
+            if self.capturable:
+                steps.append(TensorStep(flat, grad, state, layout, step=0, counter=counter))
+            else:
+                steps.append(TensorStep(flat, grad, state, layout, step=int(counter)))
+        if isinstance(scaling, DeviceInputs):
+            assert isinstance(self._backend, CapturableBackend)
+            num_skipped = self._backend.step_on_device(steps, config, scaling)
+        else:
+            num_skipped = self._backend.step(steps, config, scaling)
         for local, flat in copies:
             local.copy_(flat.view(local.shape))
         for p in members:
-            self.state[p]["step"] += 1
+            if not self.capturable:
+                self.state[p]["step"] += 1
             # A kernel writes through a pointer; a backward pass that still needs the old values must notice.
             torch.autograd.graph.increment_version(self._shards[p].param)
         return num_skipped
-
-    def _count_nonfinite(self, num_blocks: int) -> None:
-        if num_blocks and not self._num_nonfinite_blocks:
-            warnings.warn(
-                f"MicroAdam skipped {num_blocks} blocks whose gradient or error feedback is not finite (NaN, Inf or "
-                "above 2**60); their weights and state are unchanged. Further ones are only counted, in "
-                "optimizer.num_nonfinite_blocks. If they keep coming, check the loss or clip the gradients.",
-                stacklevel=5,  # past torch's wrappers of step(), to the training loop
-            )
-        self._num_nonfinite_blocks += num_blocks
 
     # ---------------------------------------------------------------- layout and state
 
@@ -293,7 +309,8 @@ class MicroAdam(Optimizer):
         for p, layout in layouts.items():
             self._backend.check(layout.config, p.device)
         for p, layout in layouts.items():
-            self._set_state(p, layout, {"step": torch.zeros((), dtype=torch.int64), **allocate_state(layout, p.device)})
+            step = torch.zeros((), dtype=torch.int64, device=self._step_device(p))
+            self._set_state(p, layout, {"step": step, **allocate_state(layout, p.device)})
         return is_first_call
 
     def _is_probe(self, tensors: Sequence[Tensor]) -> bool:
@@ -320,6 +337,10 @@ class MicroAdam(Optimizer):
                         f"parameter {shard.name!r} has shape {tuple(shard.param.shape)} now, its state was made for "
                         f"{shard.local_shape}. Construct a new optimizer after changing a parameter's shape."
                     )
+
+    def _step_device(self, p: Tensor) -> torch.device:
+        """Where the steps of ``p`` are counted."""
+        return p.device if self.capturable else torch.device("cpu")
 
     def _set_state(self, p: Tensor, layout: StateLayout, state: Mapping[str, Tensor]) -> None:
         """Keep these flat state tensors and ``step`` as the state of ``p``."""
@@ -396,7 +417,7 @@ class MicroAdam(Optimizer):
         """This rank's part of saved state tensors, flat, on the parameter's device, and ``step``."""
         local = {name: self._shards[p].unwrap(saved[name]) for name in layout.tensors}
         copies = {name: tensor.to(p.device, copy=True).contiguous().view(-1) for name, tensor in local.items()}
-        return {"step": saved["step"].to("cpu", copy=True), **copies}
+        return {"step": saved["step"].to(self._step_device(p), copy=True), **copies}
 
     # ---------------------------------------------------------------- shards, for checkpoint adapters
 
@@ -418,8 +439,8 @@ class MicroAdam(Optimizer):
                 self._layouts.pop(p, None)
                 self.state.pop(p, None)
             else:
-                moved = {name: tensor if name == "step" else tensor.to(p.device) for name, tensor in state.items()}
-                self._set_state(p, layouts[p], moved)
+                moved = {name: tensor.to(p.device) for name, tensor in state.items() if name != "step"}
+                self._set_state(p, layouts[p], {"step": state["step"].to(self._step_device(p)), **moved})
 
     # ---------------------------------------------------------------- pickling
 
@@ -429,8 +450,9 @@ class MicroAdam(Optimizer):
             "_constructed",
             "_shards",
             "_layouts",
-            "_num_nonfinite_blocks",
+            "_nonfinite",
             "sparse_allgather",
+            "capturable",
             "exchanged_bytes",
         )
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
@@ -442,3 +464,9 @@ def _with_numbers(settings: Mapping[str, Any], config: MicroAdamConfig) -> dict[
         key: getattr(config, key) if key in SETTING_NAMES and not isinstance(value, Tensor) else value
         for key, value in settings.items()
     }
+
+
+def _device_inputs(group: Mapping[str, Any], loss_scale: Tensor | None, found_inf: Tensor | None) -> DeviceInputs:
+    """What a captured step reads on the device."""
+    on_device = (x if isinstance(x, Tensor) and x.is_cuda else None for x in (group["lr"], loss_scale, found_inf))
+    return DeviceInputs(*on_device)

@@ -87,12 +87,12 @@ __device__ __forceinline__ void dense_step(const Tensor& tensor, const Run& run,
 // What thread block number `index` of a launch does.
 template <class Param, class Grad>
 __device__ __forceinline__ void step(const Launch& launch, uint32 index, Shared& s) {
-  const Scalars scalars = launch.device_scalars == nullptr ? launch.scalars : *launch.device_scalars;
-  if (scalars.is_skipped) return;
   uint32 number = launch.first_runs[index >> kRunShift];
   while (launch.runs[number + 1].first_block <= index) ++number;
   const Run& run = launch.runs[number];
   const Tensor& tensor = launch.tensors[run.tensor];
+  const Scalars scalars = launch.device_scalars == nullptr ? launch.scalars : launch.device_scalars[run.tensor];
+  if (scalars.is_skipped) return;
   const uint32 index_in_run = index - static_cast<uint32>(run.first_block);
   if (run.num_kept == 0) {
     const int64 start = static_cast<int64>(index_in_run) * (kChunks * kSection);

@@ -33,6 +33,7 @@ struct Tensor {
   uint16* indices;
   Bf16* values;
   float *exp_avg, *exp_avg_sq;
+  int64* step;       // steps taken before, where they are counted on the device
   int64 is_aligned;  // whether all pointers are multiples of 16
 };
 
@@ -46,17 +47,30 @@ struct Scalars {
   int32 is_skipped;   // an overflow was found in the gradients: nothing is changed
 };
 
+// What the scalars of a step are computed from where that is done on the device. Null pointers: not given.
+struct DeviceInputs {
+  double lr, weight_decay;
+  const float* lr_fp32;   // the learning rate, if it lies on the device ...
+  const double* lr_fp64;  // ... as one of these
+  const float *loss_scale, *found_inf;
+  const float* factors;  // m_factor, v_factor, m_correction and v_correction by step; the last ones hold on
+  int64 num_factors;
+  int64 window_size;
+};
+
 // Runs are found by block: first_runs[i] is the run of block i << kRunShift, and one more run marks the end.
 constexpr int kRunShift = 6;
 
 struct Launch {
   Scalars scalars;
-  const Scalars* device_scalars;            // if not null, these instead
-  const float *m_weights, *v_weights;       // b1^r and b2^r by age r, 0 = newest
+  Scalars* device_scalars;  // if not null, one for each tensor, instead
+  DeviceInputs inputs;
+  const float *m_weights, *v_weights;  // b1^r and b2^r by age r, 0 = newest
   const Run* runs;
   const uint32* first_runs;
-  int32* num_skipped;                       // blocks with a non-finite accumulator are added
-  int32* dense_flags;                       // one for each run, zero: a dense run counts once
+  int32* num_skipped;  // blocks with a non-finite accumulator are added
+  int32* dense_flags;  // one for each run, zero: a dense run counts once
+  int64 num_tensors;
   Tensor tensors[MICROADAM_MAX_TENSORS];
 };
 

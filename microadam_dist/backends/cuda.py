@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,10 +17,23 @@ from ..config import MicroAdamConfig
 from ..errors import BackendUnavailableError, ConfigError
 from ..layout import StateLayout
 from . import nvrtc
-from .base import TensorStep
-from .cuda_launch import DTYPES, MAX_TENSORS, Plan, Shape, fill_launch, host_scalars, same_kernel, window_weights
+from .base import DeviceInputs, TensorStep
+from .cuda_launch import (
+    DTYPES,
+    SCALARS_BYTES,
+    Launch,
+    Plan,
+    device_inputs,
+    fill_launch,
+    host_scalars,
+    kernel_macros,
+    same_kernel,
+    step_factors,
+    window_weights,
+)
 
 MIN_CAPABILITY = (8, 0)  # conversions to bf16 and warp-wide sums in one instruction
+KERNEL_NAMES = ("microadam_scalars", "microadam_step")
 
 
 class CudaBackend:
@@ -49,12 +62,22 @@ class CudaBackend:
                 f'backend="cuda": the installed NVRTC is of CUDA {major}, the driver runs CUDA {supported} at most. '
                 f"Update the driver, or pip install 'cuda-core[cu{supported}]'."
             )
-        self._kernels: dict[Any, tuple[Any, Any]] = {}
         self._plans: dict[Any, Plan] = {}  # as long as their layouts live
-        self._weights: dict[Any, Tensor] = {}
+        self._tables: dict[Any, Tensor] = {}
+        self._compiled: dict[Any, dict[str, Any]] = {}
+        self._loaded: list[Any] = []
 
     def __reduce__(self) -> tuple[type[CudaBackend], tuple[()]]:
         return CudaBackend, ()
+
+    def describe(self) -> str:
+        """The devices, the compiler and where compiled kernels are kept."""
+        devices = []
+        for index in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(index)
+            devices.append(f"{torch.cuda.get_device_name(index)} (compute capability {major}.{minor})")
+        version = ".".join(map(str, nvrtc.nvrtc_version()))
+        return f"{', '.join(devices)}; NVRTC {version}, kernels kept in {nvrtc.cache_folder()}"
 
     def check(self, config: MicroAdamConfig, device: torch.device) -> None:
         """See `Backend.check`."""
@@ -73,47 +96,118 @@ class CudaBackend:
 
     def step(self, tensors: Sequence[TensorStep], config: MicroAdamConfig, grad_scale: float) -> int | Tensor:
         """See `Backend.step`."""
+        return self._step(tensors, config, grad_scale, None)
+
+    def step_on_device(
+        self, tensors: Sequence[TensorStep], config: MicroAdamConfig, inputs: DeviceInputs
+    ) -> int | Tensor:
+        """See `CapturableBackend.step_on_device`.
+
+        Tables are made in the first step with the same tensors; take one before the capture.
+        """
+        return self._step(tensors, config, 1.0, inputs)
+
+    def _step(
+        self, tensors: Sequence[TensorStep], config: MicroAdamConfig, grad_scale: float, inputs: DeviceInputs | None
+    ) -> int | Tensor:
         if not tensors:
             return 0
         device = tensors[0].param.device
         self.check(config, device)
         grads = [tensor.grad if tensor.grad.dtype in DTYPES else tensor.grad.float() for tensor in tensors]
-        groups = same_kernel(tensors, grads)
-        num_runs = [sum(tensors[i].layout.num_runs for i in members) for members in groups]
         with torch.cuda.device(device):
-            skipped = torch.zeros(len(groups), 1 + max(num_runs), dtype=torch.int32, device=device)
-            for row, members in enumerate(groups):
-                group = [tensors[i] for i in members]
-                self._launch(group, [grads[i] for i in members], config, grad_scale, skipped[row])
-            return skipped[:, 0].sum()
+            groups = same_kernel(tensors, grads)
+            plans = [self._plan([tensors[i].layout for i in members], device) for members in groups]
+            # The number of skipped blocks, then a flag for each run of each launch.
+            skipped = torch.zeros(1 + sum(plan.num_runs for plan in plans), dtype=torch.int32, device=device)
+            first_flag = 1
+            for members, plan in zip(groups, plans, strict=True):
+                flags = skipped[first_flag:]
+                first_flag += plan.num_runs
+                if plan.num_blocks:
+                    group, group_grads = [tensors[i] for i in members], [grads[i] for i in members]
+                    launch = fill_launch(plan, group, group_grads, self._weights(config, device), skipped, flags)
+                    self._launch(launch, plan, group, group_grads[0].dtype, config, grad_scale, inputs)
+        return skipped[0]
 
     def _launch(
         self,
+        launch: Launch,
+        plan: Plan,
         tensors: Sequence[TensorStep],
-        grads: Sequence[Tensor],
+        grad_dtype: torch.dtype,
         config: MicroAdamConfig,
         grad_scale: float,
-        skipped: Tensor,
+        inputs: DeviceInputs | None,
     ) -> None:
-        layouts = [tensor.layout for tensor in tensors]
-        longest = max((run.numel for layout in layouts for run in layout.runs), default=1)
-        shape = Shape.for_blocks(longest)
-        device = skipped.device
-        plan = self._plan(layouts, shape, device)
-        if plan.num_blocks == 0:
-            return
-        launch = fill_launch(plan, tensors, grads, self._window_weights(config, device), skipped)
+        device = tensors[0].param.device
+        macros = kernel_macros(plan, config, tensors[0].param.dtype, grad_dtype)
+        kernels = self._kernels(macros, torch.cuda.get_device_capability(device))
         launch.scalars = host_scalars(tensors[0].step, config, grad_scale)
-        macros = {
-            "PARAM": DTYPES[tensors[0].param.dtype],
-            "GRAD": DTYPES[grads[0].dtype],
-            "MAX_KEPT": config.num_kept(longest),
-            **kernel_macros(shape, config),
-        }
-        parameters = (ctypes.c_void_p * 1)(ctypes.addressof(launch))
-        stream = torch.cuda.current_stream(device).cuda_stream
-        grid, block = (plan.num_blocks, 1, 1), (shape.threads, 1, 1)
-        kernel = self._kernel(macros, device)
-        self._call(
-            self._driver.cuLaunchKernel(kernel, *grid, *block, 0, stream, ctypes.addressof(parameters), 0)
+        if inputs is not None:
+            launch.inputs = device_inputs(inputs, config, self._factors(config, device))
+            scalars = torch.empty(len(tensors) * SCALARS_BYTES, dtype=torch.uint8, device=device)
+            launch.device_scalars = scalars.data_ptr()
+            self._run(kernels["microadam_scalars"], -(-len(tensors) // 32), 32, launch)
+        self._run(kernels["microadam_step"], plan.num_blocks, plan.shape.threads, launch)
+
+    def _run(self, kernel: Any, num_blocks: int, num_threads: int, launch: Launch) -> None:
+        parameters = (ctypes.c_void_p * 1)(ctypes.addressof(launch))  # copied by the call
+        stream = torch.cuda.current_stream().cuda_stream
+        shape = (num_blocks, 1, 1, num_threads, 1, 1)
+        self._call(self._driver.cuLaunchKernel(kernel, *shape, 0, stream, ctypes.addressof(parameters), 0))
+
+    def _call(self, result: tuple[Any, ...]) -> Any:
+        """What a driver function returned beside its error code."""
+        error, *values = result
+        if error != self._driver.CUresult.CUDA_SUCCESS:
+            raise RuntimeError(f"the CUDA driver returned {error!r}")
+        return values[0] if values else None
+
+    # ---------------------------------------------------------------- what is made once
+
+    def _plan(self, layouts: Sequence[StateLayout], device: torch.device) -> Plan:
+        key = (device, *map(id, layouts))  # to hash layouts takes long
+        if key not in self._plans:
+            _refuse_capture()
+            self._plans[key] = Plan(layouts, device)
+            for layout in layouts:
+                weakref.finalize(layout, self._plans.pop, key, None).atexit = False
+        return self._plans[key]
+
+    def _weights(self, config: MicroAdamConfig, device: torch.device) -> Tensor:
+        return self._table((config.betas, config.window_size, device), lambda: window_weights(config, device))
+
+    def _factors(self, config: MicroAdamConfig, device: torch.device) -> Tensor:
+        return self._table((config.betas, device), lambda: step_factors(config, device))
+
+    def _table(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
+        if key not in self._tables:
+            _refuse_capture()
+            self._tables[key] = make()
+        return self._tables[key]
+
+    def _kernels(self, macros: Mapping[str, str | int], capability: tuple[int, int]) -> dict[str, Any]:
+        key = (capability, *macros.values())
+        if key not in self._compiled:
+            _refuse_capture()
+            from cuda.core import ObjectCode
+
+            arch = f"sm_{capability[0]}{capability[1]}"
+            code = ObjectCode.from_cubin(nvrtc.compile_kernel(macros, arch))
+            self._compiled[key] = {name: self._function(code, name) for name in KERNEL_NAMES}
+        return self._compiled[key]
+
+    def _function(self, code: Any, name: str) -> Any:
+        kernel = code.get_kernel(name)
+        self._loaded.append(kernel)  # unloaded when the last reference goes
+        return self._driver.CUfunction(int(kernel.handle))
+
+
+def _refuse_capture() -> None:
+    """Copies to the device and new kernels cannot be part of a CUDA graph."""
+    if torch.cuda.is_current_stream_capturing():
+        raise BackendUnavailableError(
+            'backend="cuda": the first step with these tensors and settings compiles a kernel and fills tables. Take '
+            "at least one step before the CUDA graph is captured."
         )

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Iterable, Sequence
-from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
+from ctypes import Structure, c_double, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..config import MicroAdamConfig
+from ..errors import ConfigError
 from ..layout import BlockRun, Extent, StateLayout
 from ..scalars import StepScalars
-from .base import TensorStep
+from .base import DeviceInputs, TensorStep
 
 MAX_TENSORS = 256  # so that a launch's parameters stay below 32 KiB
 RUN_SHIFT = 6  # runs are found by block number >> RUN_SHIFT
@@ -40,7 +42,7 @@ class _Run(Structure):
 
 class _Tensor(Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("param", "grad", "param_copy", *_STATE_NAMES)),
+        *((name, c_void_p) for name in ("param", "grad", "param_copy", *_STATE_NAMES, "step")),
         ("is_aligned", c_int64),
     ]
 
@@ -52,13 +54,26 @@ class _Scalars(Structure):
     ]
 
 
+SCALARS_BYTES = ctypes.sizeof(_Scalars)
+
+
+class _DeviceInputs(Structure):
+    _fields_ = [
+        *((name, c_double) for name in ("lr", "weight_decay")),
+        *((name, c_void_p) for name in ("lr_fp32", "lr_fp64", "loss_scale", "found_inf", "factors")),
+        *((name, c_int64) for name in ("num_factors", "window_size")),
+    ]
+
+
 class Launch(Structure):
-    """The kernel's only parameter."""
+    """The only parameter of the kernels."""
 
     _fields_ = [
         ("scalars", _Scalars),
-        *((name, c_void_p) for name in ("device_scalars", "m_weights", "v_weights")),
-        *((name, c_void_p) for name in ("runs", "first_runs", "num_skipped", "dense_flags")),
+        ("device_scalars", c_void_p),
+        ("inputs", _DeviceInputs),
+        *((name, c_void_p) for name in ("m_weights", "v_weights", "runs", "first_runs", "num_skipped", "dense_flags")),
+        ("num_tensors", c_int64),
         ("tensors", _Tensor * MAX_TENSORS),
     ]
 
@@ -75,6 +90,11 @@ class Shape:
         """Elements of the longest Top-K block."""
         return self.threads * self.chunks * VECTOR
 
+    @property
+    def min_blocks(self) -> int:
+        """Thread blocks that shall fit a multiprocessor at once: 1024 threads, fewer where they need more registers."""
+        return min(16, max(1, 1024 // (self.threads * max(1, self.chunks // 2))))
+
     @classmethod
     def for_blocks(cls, longest: int) -> Shape:
         """The smallest shape that holds blocks of up to ``longest`` elements."""
@@ -82,21 +102,28 @@ class Shape:
 
 
 # 512 threads can have 128 registers each, which hold the longest block without spilling.
-SHAPES = tuple(
-    Shape(*pair) for pair in ((32, 1), (64, 1), (128, 1), (256, 1), (256, 2), (512, 2), (512, 4), (512, 8))
-)
+SHAPES = tuple(Shape(*pair) for pair in ((32, 1), (64, 1), (128, 1), (256, 1), (256, 2), (512, 2), (512, 4), (512, 8)))
 
 
 class Plan:
     """What is the same in every launch for tensors of the same layouts.
 
+    Args:
+        layouts: Of the tensors of a launch, in their order.
+        device: Where the tables go.
+        shape: Instead of the one chosen for the longest block.
+
     Attributes:
+        longest: Elements of the longest Top-K block; 1 if there is none.
+        shape: Of the thread blocks.
         num_blocks: Thread blocks of a launch.
         num_runs: Runs of Top-K blocks and of the dense path.
         runs, first_runs: Tables on the device, as uint8; see ``launch.cuh``.
     """
 
-    def __init__(self, layouts: Sequence[StateLayout], shape: Shape, device: torch.device) -> None:
+    def __init__(self, layouts: Sequence[StateLayout], device: torch.device, shape: Shape | None = None) -> None:
+        self.longest = max((run.numel for layout in layouts for run in layout.runs), default=1)
+        self.shape = shape or Shape.for_blocks(self.longest)
         runs: list[_Run] = []
         self.num_blocks = 0
         for index, layout in enumerate(layouts):
@@ -106,7 +133,7 @@ class Plan:
             for dense in layout.dense_runs:
                 start = _Extent(dense.start, 0, 0), _Extent(), _Extent(), _Extent(dense.state_start, 0, 0)
                 runs.append(_Run(self.num_blocks, index, dense.numel, 0, 0, 0, *start))
-                self.num_blocks += -(-dense.numel // shape.capacity)
+                self.num_blocks += -(-dense.numel // self.shape.capacity)
         self.num_runs = len(runs)
         self.runs = _to_device((_Run * (len(runs) + 1))(*runs, _Run(self.num_blocks)), device)
         self.first_runs = _to_device(_first_runs(runs, self.num_blocks), device)
@@ -136,14 +163,49 @@ def _to_device(table: ctypes.Array[_Run] | ctypes.Array[ctypes.c_uint32], device
     return torch.frombuffer(bytearray(table), dtype=torch.uint8).to(device) if len(table) else torch.empty(0)
 
 
+def kernel_macros(plan: Plan, config: MicroAdamConfig, param: torch.dtype, grad: torch.dtype) -> dict[str, str | int]:
+    """What ``microadam.cu`` is compiled for."""
+    return {
+        "PARAM": DTYPES[param],
+        "GRAD": DTYPES[grad],
+        "THREADS": plan.shape.threads,
+        "CHUNKS": plan.shape.chunks,
+        "MIN_BLOCKS": plan.shape.min_blocks,
+        "WINDOW_SIZE": config.window_size,
+        "BUCKET_SIZE": config.bucket_size,
+        "MAX_KEPT": config.num_kept(plan.longest),
+        "MAX_TENSORS": MAX_TENSORS,
+    }
+
+
 def window_weights(config: MicroAdamConfig, device: torch.device) -> Tensor:
     """b1^r and b2^r by age r, (2, window_size) fp32."""
     scalars = StepScalars.at(config.window_size - 1, config, 1.0)
     return torch.tensor([scalars.m_weights, scalars.v_weights], dtype=torch.float32).to(device)
 
 
+def step_factors(config: MicroAdamConfig, device: torch.device) -> Tensor:
+    """m_factor, v_factor, m_correction and v_correction by step, (num_steps, 4) fp32; the last row holds on.
+
+    Powers are computed here because those of a GPU have other last bits.
+    """
+    # From where 1 - beta^t is 1 in float64 nothing changes any more.
+    num_steps = max(1 if beta == 0 else math.ceil(-54 * math.log(2) / math.log(beta)) for beta in config.betas)
+    beta1, beta2 = config.betas
+    rows = []
+    for t in range(1, num_steps + 1):
+        m, v = 1 - beta1**t, 1 - beta2**t
+        rows.append(((1 - beta1) / m, (1 - beta2) / v, 1 / m, 1 / v))
+    return torch.tensor(rows, dtype=torch.float64).float().to(device)
+
+
 def fill_launch(
-    plan: Plan, tensors: Sequence[TensorStep], grads: Sequence[Tensor], weights: Tensor, skipped: Tensor
+    plan: Plan,
+    tensors: Sequence[TensorStep],
+    grads: Sequence[Tensor],
+    weights: Tensor,
+    num_skipped: Tensor,
+    dense_flags: Tensor,
 ) -> Launch:
     """Everything but the scalars.
 
@@ -152,15 +214,17 @@ def fill_launch(
         tensors: At most `MAX_TENSORS`.
         grads: Their gradients, fp32, bf16 or fp16.
         weights: See `window_weights`.
-        skipped: (1 + num_runs,) int32, zeros: the number of skipped blocks, and a flag for each run.
+        num_skipped: int32; the number of skipped blocks is added to its first element.
+        dense_flags: int32, zeros, one for each run of the plan.
     """
     launch = Launch(
         m_weights=weights[0].data_ptr(),
         v_weights=weights[1].data_ptr(),
         runs=plan.runs.data_ptr(),
         first_runs=plan.first_runs.data_ptr(),
-        num_skipped=skipped.data_ptr(),
-        dense_flags=skipped[1:].data_ptr(),
+        num_skipped=num_skipped.data_ptr(),
+        dense_flags=dense_flags.data_ptr(),
+        num_tensors=len(tensors),
     )
     for i, (tensor, grad) in enumerate(zip(tensors, grads, strict=True)):
         launch.tensors[i] = _tensor_row(tensor, grad)
@@ -169,10 +233,11 @@ def fill_launch(
 
 def _tensor_row(tensor: TensorStep, grad: Tensor) -> _Tensor:
     copy, state = tensor.param_copy, tensor.state
+    counter = 0 if tensor.counter is None else tensor.counter.data_ptr()
     accessed = [tensor.param.data_ptr(), grad.data_ptr(), 0 if copy is None else copy.data_ptr()]
     state_pointers = [state[name].data_ptr() if name in state else 0 for name in _STATE_NAMES]
     is_aligned = all(pointer % 16 == 0 for pointer in (*accessed, *state_pointers))
-    return _Tensor(*accessed, *state_pointers, is_aligned)
+    return _Tensor(*accessed, *state_pointers, counter, is_aligned)
 
 
 def host_scalars(step: int, config: MicroAdamConfig, grad_scale: float) -> _Scalars:
@@ -180,6 +245,37 @@ def host_scalars(step: int, config: MicroAdamConfig, grad_scale: float) -> _Scal
     scalars = StepScalars.at(step, config, grad_scale)
     values = (getattr(scalars, name) for name in _FLOAT_SCALARS)
     return _Scalars(*values, len(scalars.m_weights), step % config.window_size, 0)
+
+
+def device_inputs(inputs: DeviceInputs, config: MicroAdamConfig, factors: Tensor) -> _DeviceInputs:
+    """What the scalars of a step are computed from on the device.
+
+    Args:
+        inputs: Numbers that lie there.
+        config: Gives what does not.
+        factors: See `step_factors`.
+
+    Raises:
+        ConfigError: The learning rate has another dtype than fp32 or float64.
+    """
+    lr = {None if inputs.lr is None else inputs.lr.dtype: inputs.lr}
+    if not lr.keys() <= {None, torch.float32, torch.float64}:
+        raise ConfigError(f"the learning rate is a tensor of {next(iter(lr))}: expected fp32 or float64.")
+
+    def pointer(tensor: Tensor | None) -> int:
+        return 0 if tensor is None else tensor.data_ptr()
+
+    return _DeviceInputs(
+        config.lr,
+        config.weight_decay,
+        pointer(lr.get(torch.float32)),
+        pointer(lr.get(torch.float64)),
+        pointer(inputs.loss_scale),
+        pointer(inputs.found_inf),
+        factors.data_ptr(),
+        len(factors),
+        config.window_size,
+    )
 
 
 def same_kernel(tensors: Iterable[TensorStep], grads: Iterable[Tensor]) -> list[list[int]]:

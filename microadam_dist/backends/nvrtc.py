@@ -1,9 +1,10 @@
-"""The CUDA kernel compiled at first use: NVRTC through ``cuda.core``, no toolkit and no host compiler; cached on disk."""
+"""The CUDA kernels compiled at first use by NVRTC, through ``cuda.core``, and cached on disk. No toolkit is needed."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import io
 import os
 import tempfile
 import warnings
@@ -47,8 +48,7 @@ def nvrtc_version() -> tuple[int, int]:
     Raises:
         BackendUnavailableError: It cannot be loaded; says what to install.
     """
-    cuda = (torch.version.cuda or "13").partition(".")[0]
-    remedy = f"pip install 'microadam-dist[cuda]' 'cuda-core[cu{cuda}]'"
+    toolkit = (torch.version.cuda or "13").partition(".")[0]
     try:
         import cuda.core
         from cuda.bindings import nvrtc
@@ -59,7 +59,7 @@ def nvrtc_version() -> tuple[int, int]:
     except (ImportError, RuntimeError, OSError) as error:
         raise BackendUnavailableError(
             f'backend="cuda": NVRTC, which compiles the kernel, cannot be used ({type(error).__name__}: {error}). '
-            f'{remedy}; or use backend="reference".'
+            f"pip install 'cuda-core[cu{toolkit}]'; or use backend=\"reference\"."
         ) from error
     return major, minor
 
@@ -106,8 +106,6 @@ def compile_verbosely(macros: Mapping[str, str | int], arch: str, source: Path |
     Raises:
         BackendUnavailableError: As `compile_kernel`.
     """
-    import io
-
     version = nvrtc_version()
     from cuda.core import Program, ProgramOptions
 
@@ -131,7 +129,8 @@ def compile_verbosely(macros: Mapping[str, str | int], arch: str, source: Path |
         code = program.compile("cubin", logs=log).code
     except Exception as error:  # cuda.core raises types of its own, which change
         raise BackendUnavailableError(
-            f'backend="cuda": NVRTC {version[0]}.{version[1]} cannot compile the kernel for {arch}: {error}\n{log.getvalue()}'
+            f'backend="cuda": NVRTC {version[0]}.{version[1]} cannot compile the kernel for {arch}: {error}\n'
+            f'{log.getvalue()}Update it, or use backend="reference".'
         ) from error
     return bytes(code), log.getvalue()
 

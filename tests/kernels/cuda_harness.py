@@ -72,20 +72,16 @@ class HarnessBackend:
         for members in same_kernel(tensors, grads):
             group = [tensors[i] for i in members]
             layouts = [tensor.layout for tensor in group]
-            shape = self._shape(layouts)
-            plan = Plan(layouts, shape, torch.device("cpu"))
+            plan = Plan(layouts, torch.device("cpu"))
+            if self._threads is not None:
+                shape = Shape(self._threads, -(-plan.longest // Shape(self._threads, 1).capacity))
+                plan = Plan(layouts, torch.device("cpu"), shape)
             skipped = torch.zeros(1 + plan.num_runs, dtype=torch.int32)
-            launch = fill_launch(plan, group, [grads[i] for i in members], weights, skipped)
+            launch = fill_launch(plan, group, [grads[i] for i in members], weights, skipped, skipped[1:])
             launch.scalars = host_scalars(group[0].step, config, grad_scale)
-            library = build(self._sources, DTYPES[group[0].param.dtype], DTYPES[grads[members[0]].dtype], shape)
+            library = build(self._sources, DTYPES[group[0].param.dtype], DTYPES[grads[members[0]].dtype], plan.shape)
             library.harness_step(
                 ctypes.byref(launch), plan.num_blocks, config.window_size, config.bucket_size, self._reverse
             )
             num_skipped += int(skipped[0])
         return num_skipped
-
-    def _shape(self, layouts: Sequence) -> Shape:
-        longest = max((run.numel for layout in layouts for run in layout.runs), default=1)
-        if self._threads is None:
-            return Shape.for_blocks(longest)
-        return Shape(self._threads, -(-longest // Shape(self._threads, 1).capacity))

@@ -2,6 +2,7 @@
 //
 //   g++ -std=c++17 -O2 -ffp-contract=off -fPIC -shared -DMICROADAM_HARNESS -DMICROADAM_PARAM=Fp32 ... harness.cpp
 #include "../block_step.cuh"
+#include "../scalars.cuh"
 
 #include <ucontext.h>
 
@@ -152,6 +153,10 @@ extern "C" void harness_step(const microadam::Launch* launch, unsigned num_block
     thread.x = reverse ? kThreads - 1 : 0;
     switch_context(&main_context, &contexts[thread.x]);
   }
+}
+
+extern "C" void harness_scalars(const microadam::Launch* launch) {
+  for (int i = 0; i < launch->num_tensors; ++i) microadam::compute_scalars(*launch, i);
 }
 
 extern "C" int harness_launch_bytes() { return sizeof(microadam::Launch); }
