@@ -8,30 +8,29 @@
 
 namespace microadam {
 
-template <class Param, class Grad>
-__device__ __forceinline__ void skip_block(const Block<Param, Grad>& block, const Launch& launch,
-                                           const Scalars& scalars) {
-  store_empty_slot(block, scalars);
-  if (block.param_copy != nullptr) {
-    for (int i = threadIdx.x; i < block.numel; i += kThreads) round_to(block.param_copy + i, to_float(block.param[i]));
+__device__ __forceinline__ void skip_block(const Launch& launch, const Shared& s) {
+  store_empty_slot(s);
+  if (s.block.param_copy != nullptr) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < s.block.numel; i += kThreads) {
+      round_to(s.block.param_copy + i, to_float(s.block.param[i]));
+    }
   }
   if (threadIdx.x == 0) atomicAdd(launch.num_skipped, 1);
 }
 
-template <bool kAligned, class Param, class Grad>
-__device__ __forceinline__ void block_step(const Block<Param, Grad>& block, const Launch& launch,
-                                           const Scalars& scalars, Shared& s) {
+// s.block and s.scalars are set, bins and sums are clear.
+template <bool kAligned>
+__device__ __forceinline__ void block_step(const Launch& launch, Shared& s) {
   float a[kChunks][kVector];
-  stage_window(block, s);
-  accumulate<kAligned>(block, scalars.grad_scale, a);
-  clear_bins(s);
-  clear_sums(s);
+  stage_window(s);
+  accumulate<kAligned>(s.block, s.scalars.grad_scale, a);
   __syncthreads();
-  sum_old_slots(block, 0, launch, scalars, s);
+  sum_old_slots(0, launch, s);
 
   Threshold threshold;
-  if (!find_threshold(a, block.numel, block.num_kept, &threshold, s)) {
-    skip_block(block, launch, scalars);
+  if (!find_threshold(a, s.block.numel, s.block.num_kept, &threshold, s)) {
+    skip_block(launch, s);
     return;
   }
   Kept kept[kChunks];
@@ -39,26 +38,23 @@ __device__ __forceinline__ void block_step(const Block<Param, Grad>& block, cons
 
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
+    if (c * kSection >= s.block.numel) break;
     if (c > 0) {
-      if (c * kSection >= block.numel) break;
       clear_sums(s);
       __syncthreads();
-      sum_old_slots(block, c, launch, scalars, s);
-      __syncthreads();
+      sum_old_slots(c, launch, s);
     }
-    store_kept(block, c, a[c], kept[c], scalars, s);
-    if (buckets_fit_warps()) encode_chunk<kAligned>(block, c, a[c]);
+    take_kept(c, a[c], kept[c], s);
+    if (buckets_fit_warps()) encode_chunk<kAligned>(s.block, c, a[c]);
+    update_old_slots(c, s);
     __syncthreads();
-    compute_updates(block, c, scalars, s);
-    __syncthreads();
-    apply_updates<kAligned>(block, c, scalars, s);
+    apply_updates<kAligned>(c, s);
   }
-  if (!buckets_fit_warps()) encode_any<kAligned>(block, a, s);
+  if (!buckets_fit_warps()) encode_any<kAligned>(s.block, a, s);
 }
 
 // AdamW on kChunks * kSection elements of the dense path, beginning with number `start` of the run:
 // m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2;  p = p * (1 - lr*wd) - lr * (m_hat / (eps + sqrt(v_hat)))
-template <class Param, class Grad>
 __device__ __forceinline__ void dense_step(const Tensor& tensor, const Run& run, int64 start, const Launch& launch,
                                            const Scalars& scalars, int32* flag) {
   Param* const param = static_cast<Param*>(tensor.param) + run.elements.start;
@@ -67,6 +63,7 @@ __device__ __forceinline__ void dense_step(const Tensor& tensor, const Run& run,
   float* const exp_avg_sq = tensor.exp_avg_sq + run.kept.start;
   const int64 end = min(start + kChunks * kSection, run.numel);
   bool is_finite = true;
+#pragma unroll 1
   for (int64 i = start + threadIdx.x; i < end; i += kThreads) {
     const float g = to_float(grad[i]) * scalars.grad_scale;
     if ((bf16_bits(g) & 0x7fffu) < kFirstNotFiniteBin << kMantissaBits) {
@@ -85,25 +82,27 @@ __device__ __forceinline__ void dense_step(const Tensor& tensor, const Run& run,
 }
 
 // What thread block number `index` of a launch does.
-template <class Param, class Grad>
 __device__ __forceinline__ void step(const Launch& launch, uint32 index, Shared& s) {
   uint32 number = launch.first_runs[index >> kRunShift];
   while (launch.runs[number + 1].first_block <= index) ++number;
   const Run& run = launch.runs[number];
   const Tensor& tensor = launch.tensors[run.tensor];
-  const Scalars scalars = launch.device_scalars == nullptr ? launch.scalars : launch.device_scalars[run.tensor];
-  if (scalars.is_skipped) return;
   const uint32 index_in_run = index - static_cast<uint32>(run.first_block);
+  if (threadIdx.x == 0) {
+    s.scalars = launch.device_scalars == nullptr ? launch.scalars : launch.device_scalars[run.tensor];
+    if (run.num_kept != 0) s.block = find_block(tensor, run, index_in_run);
+  }
+  clear_bins(s);
+  clear_sums(s);
+  __syncthreads();
+  if (s.scalars.is_skipped) return;
   if (run.num_kept == 0) {
     const int64 start = static_cast<int64>(index_in_run) * (kChunks * kSection);
-    dense_step<Param, Grad>(tensor, run, start, launch, scalars, launch.dense_flags + number);
-    return;
-  }
-  const Block<Param, Grad> block = find_block<Param, Grad>(tensor, run, index_in_run);
-  if (run.is_aligned && tensor.is_aligned) {
-    block_step<true>(block, launch, scalars, s);
+    dense_step(tensor, run, start, launch, s.scalars, launch.dense_flags + number);
+  } else if (run.is_aligned && tensor.is_aligned) {
+    block_step<true>(launch, s);
   } else {
-    block_step<false>(block, launch, scalars, s);
+    block_step<false>(launch, s);
   }
 }
 

@@ -15,8 +15,8 @@ __device__ __forceinline__ float code_at(uint32 codes, int j) {
 }
 
 // a = g * grad_scale + (codes * step_q + lo), zero beyond the block.
-template <bool kAligned, class Param, class Grad>
-__device__ __forceinline__ void accumulate(const Block<Param, Grad>& block, float grad_scale,
+template <bool kAligned>
+__device__ __forceinline__ void accumulate(const Block& block, float grad_scale,
                                            float (&a)[kChunks][kVector]) {
   uint32 codes[kChunks];
 #pragma unroll
@@ -73,8 +73,8 @@ __device__ __forceinline__ bool buckets_fit_warps() {
 }
 
 // Encodes chunk c of all threads, where buckets_fit_warps().
-template <bool kAligned, class Param, class Grad>
-__device__ __forceinline__ void encode_chunk(const Block<Param, Grad>& block, int c, const float (&a)[kVector]) {
+template <bool kAligned>
+__device__ __forceinline__ void encode_chunk(const Block& block, int c, const float (&a)[kVector]) {
   const int first = first_element(c), count = block.numel - first;
   float low = as_float(kInfBits), high = -low;
 #pragma unroll
@@ -112,8 +112,8 @@ __device__ __forceinline__ float from_ordered(int32 x) {
 }
 
 // Encodes the block for any other bucket size, up to kSection buckets at a time. The sums are no longer needed.
-template <bool kAligned, class Param, class Grad>
-__device__ __forceinline__ void encode_any(const Block<Param, Grad>& block, const float (&a)[kChunks][kVector],
+template <bool kAligned>
+__device__ __forceinline__ void encode_any(const Block& block, const float (&a)[kChunks][kVector],
                                            Shared& s) {
   int32* const low = reinterpret_cast<int32*>(s.m_sums);
   int32* const high = reinterpret_cast<int32*>(s.v_sums);

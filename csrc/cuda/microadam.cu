@@ -10,7 +10,7 @@
 extern "C" __global__ void __launch_bounds__(MICROADAM_THREADS, MICROADAM_MIN_BLOCKS)
     microadam_step(const __grid_constant__ microadam::Launch launch) {
   __shared__ microadam::Shared shared;
-  microadam::step<microadam::MICROADAM_PARAM, microadam::MICROADAM_GRAD>(launch, blockIdx.x, shared);
+  microadam::step(launch, blockIdx.x, shared);
 }
 
 // Before microadam_step, where the scalars are computed on the device: one thread for each tensor.

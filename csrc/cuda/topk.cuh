@@ -124,16 +124,10 @@ __device__ __forceinline__ uint32 lowest_bits(uint32 mask, int count) {
 // Sum of the counts of all warps before number `end`, in the order of the elements. For a whole warp.
 __device__ __forceinline__ uint32 sum_before(int end, const Shared& s) {
   uint32 sum = 0;
+#pragma unroll 1
   for (int i = threadIdx.x % 32; i < end; i += 32) sum += s.warp_counts[i];
   return __reduce_add_sync(kFullWarp, sum);
 }
-
-// The elements of a chunk that are kept.
-struct Kept {
-  uint32 mask;   // one bit for each
-  int position;  // how many are kept before them in the block ...
-  int section;   // ... and before their section
-};
 
 // Kept are the elements above the threshold and the first `num_ties` of those at it. Counts of both kinds are packed:
 // above the threshold in the lower 16 bits, at it in the upper ones.

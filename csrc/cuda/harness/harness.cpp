@@ -105,8 +105,7 @@ void wait_at(Barrier& barrier, int count) {
 }
 
 void run_thread() {
-  microadam::step<microadam::MICROADAM_PARAM, microadam::MICROADAM_GRAD>(
-      *current_launch, block.x, *reinterpret_cast<microadam::Shared*>(shared_memory));
+  microadam::step(*current_launch, block.x, *reinterpret_cast<microadam::Shared*>(shared_memory));
   const int self = thread.x;
   has_ended[self] = true;
   if (--num_running == 0) switch_context(&contexts[self], &main_context);
