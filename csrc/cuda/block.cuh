@@ -62,7 +62,7 @@ struct Shared {
   uint32 list[kListCapacity];     // kept elements: place in the section | value << 16
   uint32 warp_counts[kChunks * kWarps];
   uint32 found_bin, found_rank;
-  int32 is_finite, section_kept;
+  int32 section_kept;
   Scalars scalars;
   Block block;
 };

@@ -66,7 +66,7 @@ __device__ __forceinline__ void dense_step(const Tensor& tensor, const Run& run,
 #pragma unroll 1
   for (int64 i = start + threadIdx.x; i < end; i += kThreads) {
     const float g = to_float(grad[i]) * scalars.grad_scale;
-    if ((bf16_bits(g) & 0x7fffu) < kFirstNotFiniteBin << kMantissaBits) {
+    if (bf16_bits(fabsf(g)) < kNotFinite) {
       const float m = exp_avg[i] * scalars.beta1 + g * scalars.one_minus_beta1;
       const float v = exp_avg_sq[i] * scalars.beta2 + (g * g) * scalars.one_minus_beta2;
       const float update = adam_update(m * scalars.m_correction, v * scalars.v_correction, scalars);

@@ -10,7 +10,13 @@
 namespace microadam {
 
 constexpr int kMantissaBits = 7;
-constexpr uint32 kFirstNotFiniteBin = 187;  // 2^60: from here on a magnitude counts as not finite
+constexpr uint32 kNotFinite = 187u << kMantissaBits;  // the key of 2^60: from here on a magnitude is not finite
+
+// The bin of a key in the coarse count; all that is not finite lies in the last one.
+constexpr uint32 kFirstBin = kNumBins - 1 - (kNotFinite >> kMantissaBits);
+__device__ __forceinline__ uint32 coarse_bin(float magnitude) {
+  return min((bf16_bits(magnitude) >> kMantissaBits) + kFirstBin, kNumBins - 1u);
+}
 
 // The smallest magnitude that rounds to the bf16 number with these bits, or above.
 __device__ __forceinline__ float rounds_up_to(uint32 key) {
@@ -34,14 +40,17 @@ __device__ __forceinline__ void find_rank(const uint32* bins, uint32 rank, Share
   }
   uint32 above = from_here - own;
   if (above >= rank || rank > from_here) return;
+  uint32 bin = 0, rank_in_bin = 0;
 #pragma unroll
-  for (int i = kPerLane - 1; i >= 0; --i) {
-    if (above < rank && rank <= above + counts[i]) {
-      s.found_bin = lane * kPerLane + i;
-      s.found_rank = rank - above;
+  for (int i = kPerLane - 1; i >= 0; --i) {  // the last one that does not have enough above it
+    if (above < rank) {
+      bin = lane * kPerLane + i;
+      rank_in_bin = rank - above;
     }
     above += counts[i];
   }
+  s.found_bin = bin;
+  s.found_rank = rank_in_bin;
 }
 
 // Counts by exponent: of every chunk the largest magnitude, or all elements.
@@ -51,12 +60,12 @@ __device__ __forceinline__ void count_coarse(const float (&a)[kChunks][kVector],
     if (first_element(c) >= numel) continue;
     if (all) {
 #pragma unroll
-      for (int j = 0; j < kVector; ++j) atomicAdd(&s.coarse[(bf16_bits(a[c][j]) & 0x7fffu) >> kMantissaBits], 1u);
+      for (int j = 0; j < kVector; ++j) atomicAdd(&s.coarse[coarse_bin(fabsf(a[c][j]))], 1u);
     } else {
       float largest = fabsf(a[c][0]);
 #pragma unroll
       for (int j = 1; j < kVector; ++j) largest = max_or_nan(largest, fabsf(a[c][j]));
-      atomicAdd(&s.coarse[(bf16_bits(largest) & 0x7fffu) >> kMantissaBits], 1u);
+      atomicAdd(&s.coarse[coarse_bin(largest)], 1u);
     }
   }
 }
@@ -76,6 +85,7 @@ __device__ __forceinline__ void count_fine(const float (&a)[kChunks][kVector], u
 }
 
 __device__ __forceinline__ void clear_bins(Shared& s) {
+#pragma unroll 1
   for (int i = threadIdx.x; i < kNumBins; i += kThreads) s.coarse[i] = s.fine[i] = 0;
 }
 
@@ -91,16 +101,10 @@ __device__ __forceinline__ bool find_threshold(const float (&a)[kChunks][kVector
   for (;;) {
     count_coarse(a, numel, all, s);
     __syncthreads();
-    if (threadIdx.x < 32) {
-      bool found = false;
-      for (int i = kFirstNotFiniteBin + threadIdx.x; i < kNumBins; i += 32) found |= s.coarse[i] != 0;
-      found = __any_sync(kFullWarp, found);
-      if (threadIdx.x == 0) s.is_finite = !found;
-      find_rank(s.coarse, num_kept, s);
-    }
+    if (s.coarse[kNumBins - 1] != 0) return false;
+    if (threadIdx.x < 32) find_rank(s.coarse, num_kept, s);
     __syncthreads();
-    if (!s.is_finite) return false;
-    const uint32 base = s.found_bin << kMantissaBits;
+    const uint32 base = (s.found_bin - kFirstBin) << kMantissaBits;
     count_fine(a, base, s);
     __syncthreads();
     if (threadIdx.x < 32) find_rank(s.fine, num_kept, s);
