@@ -64,33 +64,36 @@ __device__ __forceinline__ void load_first(float (&x)[kVector], const T* p, int 
 
 template <bool kAligned, class T>
 __device__ __forceinline__ void store_first(T* p, const float (&x)[kVector], int count) {
-  if (kAligned) {
+  if constexpr (kAligned) {
     store_vector(p, x);
-    return;
-  }
+  } else {
 #pragma unroll
-  for (int j = 0; j < kVector; ++j) {
-    if (j < count) round_to(p + j, x[j]);
+    for (int j = 0; j < kVector; ++j) {
+      if (j < count) round_to(p + j, x[j]);
+    }
   }
 }
 
 // Eight codes of 4 bits.
 template <bool kAligned>
 __device__ __forceinline__ uint32 load_codes(const uint8* p, int count) {
-  if (kAligned) return count > 0 ? *reinterpret_cast<const uint32*>(p) : 0u;
   uint32 codes = 0;
-  for (int i = 0; 2 * i < count && i < 4; ++i) codes |= static_cast<uint32>(p[i]) << (8 * i);
+  if constexpr (kAligned) {
+    if (count > 0) codes = *reinterpret_cast<const uint32*>(p);
+  } else {
+    for (int i = 0; 2 * i < count && i < 4; ++i) codes |= static_cast<uint32>(p[i]) << (8 * i);
+  }
   return codes;
 }
 
 template <bool kAligned>
 __device__ __forceinline__ void store_codes(uint8* p, uint32 codes, int count) {
-  if (kAligned) {
+  if constexpr (kAligned) {
     *reinterpret_cast<uint32*>(p) = codes;
-    return;
+  } else {
+    if (count < kVector) codes &= (1u << (4 * count)) - 1u;
+    for (int i = 0; 2 * i < count && i < 4; ++i) p[i] = static_cast<uint8>(codes >> (8 * i));
   }
-  if (count < kVector) codes &= (1u << (4 * count)) - 1u;
-  for (int i = 0; 2 * i < count && i < 4; ++i) p[i] = static_cast<uint8>(codes >> (8 * i));
 }
 
 }  // namespace microadam

@@ -12,19 +12,23 @@ from pathlib import Path
 
 import torch
 
-from microadam_dist.backends.base import TensorStep
+from microadam_dist.backends.base import DeviceInputs, TensorStep
 from microadam_dist.backends.cuda_launch import (
     DTYPES,
     MAX_TENSORS,
+    SCALARS_BYTES,
     Launch,
     Plan,
     Shape,
+    device_inputs,
     fill_launch,
     host_scalars,
     same_kernel,
+    step_factors,
     window_weights,
 )
 from microadam_dist.config import MicroAdamConfig
+from microadam_dist.layout import StateLayout
 
 SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
 COMPILER = shutil.which("g++") or shutil.which("clang++")
@@ -43,6 +47,7 @@ def build(sources: Path, param: str, grad: str, shape: Shape) -> ctypes.CDLL:
     command = [COMPILER, *flags, "-DMICROADAM_HARNESS", *defines, "-o", str(library), str(source)]
     subprocess.run(command, check=True, capture_output=True, text=True)
     loaded = ctypes.CDLL(str(library))
+    loaded.harness_scalars.argtypes = [ctypes.POINTER(Launch)]
     loaded.harness_step.argtypes = [ctypes.POINTER(Launch), ctypes.c_uint, *(ctypes.c_int,) * 3]
     assert loaded.harness_launch_bytes() == ctypes.sizeof(Launch)
     return loaded
@@ -66,22 +71,39 @@ class HarnessBackend:
         pass
 
     def step(self, tensors: Sequence[TensorStep], config: MicroAdamConfig, grad_scale: float) -> int:
+        return self._step(tensors, config, grad_scale, None)
+
+    def step_on_device(self, tensors: Sequence[TensorStep], config: MicroAdamConfig, inputs: DeviceInputs) -> int:
+        return self._step(tensors, config, 1.0, inputs)
+
+    def _step(
+        self, tensors: Sequence[TensorStep], config: MicroAdamConfig, grad_scale: float, inputs: DeviceInputs | None
+    ) -> int:
+        cpu = torch.device("cpu")
         grads = [tensor.grad if tensor.grad.dtype in DTYPES else tensor.grad.float() for tensor in tensors]
-        weights = window_weights(config, torch.device("cpu"))
+        weights = window_weights(config, cpu)
         num_skipped = 0
         for members in same_kernel(tensors, grads):
-            group = [tensors[i] for i in members]
-            layouts = [tensor.layout for tensor in group]
-            plan = Plan(layouts, torch.device("cpu"))
-            if self._threads is not None:
-                shape = Shape(self._threads, -(-plan.longest // Shape(self._threads, 1).capacity))
-                plan = Plan(layouts, torch.device("cpu"), shape)
+            group, group_grads = [tensors[i] for i in members], [grads[i] for i in members]
+            plan = self._plan([tensor.layout for tensor in group])
             skipped = torch.zeros(1 + plan.num_runs, dtype=torch.int32)
-            launch = fill_launch(plan, group, [grads[i] for i in members], weights, skipped, skipped[1:])
+            launch = fill_launch(plan, group, group_grads, weights, skipped, skipped[1:])
             launch.scalars = host_scalars(group[0].step, config, grad_scale)
-            library = build(self._sources, DTYPES[group[0].param.dtype], DTYPES[grads[members[0]].dtype], plan.shape)
-            library.harness_step(
-                ctypes.byref(launch), plan.num_blocks, config.window_size, config.bucket_size, self._reverse
-            )
+            library = build(self._sources, DTYPES[group[0].param.dtype], DTYPES[group_grads[0].dtype], plan.shape)
+            if inputs is not None:
+                factors = step_factors(config, cpu)
+                scalars = torch.zeros(len(group) * SCALARS_BYTES, dtype=torch.uint8)
+                launch.inputs = device_inputs(inputs, config, factors)
+                launch.device_scalars = scalars.data_ptr()
+                library.harness_scalars(ctypes.byref(launch))
+            settings = config.window_size, config.bucket_size, self._reverse
+            assert library.harness_step(ctypes.byref(launch), plan.num_blocks, *settings), "threads wait for ever"
             num_skipped += int(skipped[0])
         return num_skipped
+
+    def _plan(self, layouts: Sequence[StateLayout]) -> Plan:
+        plan = Plan(layouts, torch.device("cpu"))
+        if self._threads is None:
+            return plan
+        shape = Shape(self._threads, -(-plan.longest // Shape(self._threads, 1).capacity))
+        return Plan(layouts, torch.device("cpu"), shape)

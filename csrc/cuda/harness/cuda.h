@@ -63,6 +63,11 @@ inline unsigned __float_as_uint(float x) { return harness::bit_cast<unsigned>(x)
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fsqrt_rn(float x) { return sqrtf(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline unsigned __brev(unsigned x) {
+  unsigned reversed = 0;
+  for (int i = 0; i < 32; ++i) reversed |= (x >> i & 1u) << (31 - i);
+  return reversed;
+}
 inline int __clz(unsigned x) { return x == 0 ? 32 : __builtin_clz(x); }
 
 template <class A, class B>

@@ -66,7 +66,7 @@ void make_context(Context* context, char* stack, void (*entry)()) {
 #endif
 
 Context contexts[kThreads], main_context;
-bool has_ended[kThreads];
+bool has_ended[kThreads], is_stuck;
 int num_running, direction;
 Barrier block_barrier, first_barrier, warp_barriers[kWarps];
 unsigned slots[kThreads];
@@ -97,9 +97,11 @@ void wait_at(Barrier& barrier, int count) {
     ++barrier.generation;
     return;
   }
-  // All others waiting too would be a deadlock on a GPU.
-  for (long turns = 0; barrier.generation == generation; ++turns) {
-    if (turns > 100000) abort();
+  for (int turns = 0; barrier.generation == generation; ++turns) {
+    if (turns > 100000) {  // a deadlock on a GPU
+      is_stuck = true;
+      switch_context(&contexts[thread.x], &main_context);
+    }
     switch_to(next_thread());
   }
 }
@@ -132,8 +134,9 @@ unsigned exchange(unsigned value, unsigned source) {
 }  // namespace harness
 
 // Runs the thread blocks of a launch one after the other; `reverse`: the threads take turns from the last to the first.
-extern "C" void harness_step(const microadam::Launch* launch, unsigned num_blocks, int window_size, int bucket_size,
-                             int reverse) {
+// Returns false when threads wait for others that never come.
+extern "C" int harness_step(const microadam::Launch* launch, unsigned num_blocks, int window_size, int bucket_size,
+                            int reverse) {
   using namespace harness;
   microadam::kWindowSize = window_size;
   microadam::kBucketSize = bucket_size;
@@ -150,8 +153,11 @@ extern "C" void harness_step(const microadam::Launch* launch, unsigned num_block
     }
     num_running = kThreads;
     thread.x = reverse ? kThreads - 1 : 0;
+    is_stuck = false;
     switch_context(&main_context, &contexts[thread.x]);
+    if (is_stuck) return 0;
   }
+  return 1;
 }
 
 extern "C" void harness_scalars(const microadam::Launch* launch) {
