@@ -47,7 +47,7 @@ def run_checks(name: str, expression: str, folder: Path) -> dict[str, Any]:
 
 
 def moved_bytes(tensors: list[TensorStep]) -> int:
-    """Bytes a step has to move: gradient and window read, weights and error feedback read and written, a slot written."""
+    """Bytes a step has to move: gradient and window read, a slot written, weights and error feedback both."""
     total = 0
     for tensor in tensors:
         total += tensor.grad.nbytes + 2 * tensor.param.nbytes

@@ -65,7 +65,6 @@ class CudaBackend:
         self._plans: dict[Any, Plan] = {}  # as long as their layouts live
         self._tables: dict[Any, Tensor] = {}
         self._compiled: dict[Any, dict[str, Any]] = {}
-        self._loaded: list[Any] = []
 
     def __reduce__(self) -> tuple[type[CudaBackend], tuple[()]]:
         return CudaBackend, ()
@@ -142,7 +141,7 @@ class CudaBackend:
     ) -> None:
         device = tensors[0].param.device
         macros = kernel_macros(plan, config, tensors[0].param.dtype, grad_dtype)
-        kernels = self._kernels(macros, torch.cuda.get_device_capability(device))
+        kernels = self._kernels(macros, device)
         launch.scalars = host_scalars(tensors[0].step, config, grad_scale)
         if inputs is not None:
             launch.inputs = device_inputs(inputs, config, self._factors(config, device))
@@ -187,21 +186,16 @@ class CudaBackend:
             self._tables[key] = make()
         return self._tables[key]
 
-    def _kernels(self, macros: Mapping[str, str | int], capability: tuple[int, int]) -> dict[str, Any]:
-        key = (capability, *macros.values())
+    def _kernels(self, macros: Mapping[str, str | int], device: torch.device) -> dict[str, Any]:
+        key = (device, *macros.values())
         if key not in self._compiled:
             _refuse_capture()
-            from cuda.core import ObjectCode
-
-            arch = f"sm_{capability[0]}{capability[1]}"
-            code = ObjectCode.from_cubin(nvrtc.compile_kernel(macros, arch))
-            self._compiled[key] = {name: self._function(code, name) for name in KERNEL_NAMES}
+            major, minor = torch.cuda.get_device_capability(device)
+            module = self._call(self._driver.cuModuleLoadData(nvrtc.compile_kernel(macros, f"sm_{major}{minor}")))
+            self._compiled[key] = {
+                name: self._call(self._driver.cuModuleGetFunction(module, name.encode())) for name in KERNEL_NAMES
+            }
         return self._compiled[key]
-
-    def _function(self, code: Any, name: str) -> Any:
-        kernel = code.get_kernel(name)
-        self._loaded.append(kernel)  # unloaded when the last reference goes
-        return self._driver.CUfunction(int(kernel.handle))
 
 
 def _refuse_capture() -> None:
