@@ -45,7 +45,8 @@ def macros(
 
 DEFAULT = Shape.for_blocks(4096)
 COMPILED = [
-    *((arch, macros(DEFAULT, setting)) for arch in ARCHS for setting in (PAPER, MORE_KEPT)),
+    *((arch, macros(DEFAULT)) for arch in ARCHS),
+    ("sm_90", macros(DEFAULT, MORE_KEPT)),
     *(("sm_90", macros(shape)) for shape in SHAPES if shape != DEFAULT),
     *(("sm_90", macros(DEFAULT, NO_WINDOW, dtypes)) for dtypes in ((FP32, FP32), (FP16, BF16), (BF16, BF16))),
     ("sm_90", macros(DEFAULT, (20, 1.0))),
