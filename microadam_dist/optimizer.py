@@ -212,13 +212,11 @@ class MicroAdam(Optimizer):
             return loss
         self._require_unchanged(groups)
 
+        grad_scale = 1.0 if loss_scale is None or self.capturable else 1.0 / float(loss_scale)
         skipped = []
         for group, (config, members) in zip(self.param_groups, groups, strict=True):
-            if self.capturable:
-                skipped.append(self._step_group(members, config, _device_inputs(group, loss_scale, found_inf)))
-            else:
-                grad_scale = 1.0 if loss_scale is None else 1.0 / float(loss_scale)
-                skipped.append(self._step_group(members, config, grad_scale))
+            inputs = _device_inputs(group, loss_scale, found_inf) if self.capturable else grad_scale
+            skipped.append(self._step_group(members, config, inputs))
         self._nonfinite.add(skipped)
         return loss
 
@@ -240,8 +238,8 @@ class MicroAdam(Optimizer):
         config = self._config(group)
         self._prepare([param])
         self._require_unchanged([(config, [param])])
-        scaling = _device_inputs(group, None, None) if self.capturable else 1.0
-        self._nonfinite.add([self._step_group([param], config, scaling)])
+        inputs = _device_inputs(group, None, None) if self.capturable else 1.0
+        self._nonfinite.add([self._step_group([param], config, inputs)])
 
     def _config(self, group: Mapping[str, Any]) -> MicroAdamConfig:
         """The settings of a group; a learning rate that is read on the device counts as 0."""
@@ -250,8 +248,9 @@ class MicroAdam(Optimizer):
         return MicroAdamConfig.from_dict(group)
 
     def _step_group(
-        self, members: Sequence[Tensor], config: MicroAdamConfig, scaling: float | DeviceInputs
+        self, members: Sequence[Tensor], config: MicroAdamConfig, inputs: float | DeviceInputs
     ) -> int | Tensor:
+        """Update some tensors of a group with a factor on the gradients, or with what lies on the device."""
         steps, copies = [], []
         for p in members:
             shard = self._shards[p]
@@ -261,15 +260,13 @@ class MicroAdam(Optimizer):
                 copies.append((local, flat))
             grad = shard.grad.contiguous().view(-1)
             state, layout, counter = flatten_state(self._local_state(p)), self._layouts[p], self.state[p]["step"]
-            if self.capturable:
-                steps.append(TensorStep(flat, grad, state, layout, step=0, counter=counter))
-            else:
-                steps.append(TensorStep(flat, grad, state, layout, step=int(counter)))
-        if isinstance(scaling, DeviceInputs):
+            num_steps = 0 if self.capturable else int(counter)
+            steps.append(TensorStep(flat, grad, state, layout, num_steps, counter=counter))
+        if isinstance(inputs, DeviceInputs):
             assert isinstance(self._backend, CapturableBackend)
-            num_skipped = self._backend.step_on_device(steps, config, scaling)
+            num_skipped = self._backend.step_on_device(steps, config, inputs)
         else:
-            num_skipped = self._backend.step(steps, config, scaling)
+            num_skipped = self._backend.step(steps, config, inputs)
         for local, flat in copies:
             local.copy_(flat.view(local.shape))
         for p in members:

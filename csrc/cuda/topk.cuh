@@ -27,7 +27,8 @@ __device__ __forceinline__ float rounds_up_to(uint32 key) {
 __device__ __forceinline__ void find_rank(const uint32* bins, uint32 rank, Shared& s) {
   constexpr int kPerLane = kNumBins / 32;
   const int lane = threadIdx.x;
-  const uint4 low = reinterpret_cast<const uint4*>(bins)[2 * lane], high = reinterpret_cast<const uint4*>(bins)[2 * lane + 1];
+  const uint4* const vectors = reinterpret_cast<const uint4*>(bins) + 2 * lane;
+  const uint4 low = vectors[0], high = vectors[1];
   const uint32 counts[kPerLane] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
   uint32 own = 0;
 #pragma unroll

@@ -27,7 +27,7 @@ class TensorStep:
         step: Steps this tensor has taken before.
         param_copy: (numel,) bf16, contiguous, or None. A second output: wherever the layout has spans it holds the
             parameter after the step, rounded.
-        counter: 0-dim int64 on the device, or None. For a `CapturableBackend`: the steps are counted there.
+        counter: 0-dim int64, or None. `CapturableBackend.step_on_device` counts the steps there instead, on the device.
     """
 
     param: Tensor
@@ -88,7 +88,7 @@ class CapturableBackend(Backend, Protocol):
     def step_on_device(
         self, tensors: Sequence[TensorStep], config: MicroAdamConfig, inputs: DeviceInputs
     ) -> int | Tensor:
-        """As `Backend.step`, but the steps are read from the tensors' ``counter``, to which 1 is added.
+        """As `Backend.step`, but the steps are counted in the tensors' ``counter``, to which 1 is added.
 
         Args:
             tensors: The tensors, all with the settings ``config``.
@@ -155,10 +155,7 @@ class AutoBackend:
             except BackendUnavailableError as error:
                 self.unavailable[name] = str(error)
                 if name == "cuda":
-                    warnings.warn(
-                        f"MicroAdam takes its slow reference backend on {device}. {error}",
-                        stacklevel=2,
-                    )
+                    warnings.warn(f"MicroAdam takes its slow reference backend on {device}. {error}", stacklevel=2)
             except ConfigError:
                 pass  # settings for studies, which only the reference backend has
         return self._backends["reference"]

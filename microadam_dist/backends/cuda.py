@@ -25,15 +25,16 @@ from .cuda_launch import (
     Plan,
     device_inputs,
     fill_launch,
+    group_by_kernel,
     host_scalars,
     kernel_macros,
-    same_kernel,
     step_factors,
     window_weights,
 )
 
 MIN_CAPABILITY = (8, 0)  # conversions to bf16 and warp-wide sums in one instruction
 KERNEL_NAMES = ("microadam_scalars", "microadam_step")
+MAX_PLANS = 1024  # where other tensors have gradients in every step
 
 
 class CudaBackend:
@@ -63,6 +64,7 @@ class CudaBackend:
                 f"Update the driver, or pip install 'cuda-core[cu{supported}]'."
             )
         self._plans: dict[Any, Plan] = {}  # as long as their layouts live
+        self._captured: set[Plan] = set()  # a CUDA graph needs them
         self._tables: dict[Any, Tensor] = {}
         self._compiled: dict[Any, dict[str, Any]] = {}
 
@@ -115,7 +117,7 @@ class CudaBackend:
         self.check(config, device)
         grads = [tensor.grad if tensor.grad.dtype in DTYPES else tensor.grad.float() for tensor in tensors]
         with torch.cuda.device(device):
-            groups = same_kernel(tensors, grads)
+            groups = group_by_kernel(tensors, grads)
             plans = [self._plan([tensors[i].layout for i in members], device) for members in groups]
             # The number of skipped blocks, then a flag for each run of each launch.
             skipped = torch.zeros(1 + sum(plan.num_runs for plan in plans), dtype=torch.int32, device=device)
@@ -169,10 +171,15 @@ class CudaBackend:
         key = (device, *map(id, layouts))  # to hash layouts takes long
         if key not in self._plans:
             _refuse_capture()
+            if len(self._plans) == MAX_PLANS:
+                self._plans.pop(next(iter(self._plans)))
             self._plans[key] = Plan(layouts, device)
             for layout in layouts:
                 weakref.finalize(layout, self._plans.pop, key, None).atexit = False
-        return self._plans[key]
+        plan = self._plans[key]
+        if torch.cuda.is_current_stream_capturing():
+            self._captured.add(plan)
+        return plan
 
     def _weights(self, config: MicroAdamConfig, device: torch.device) -> Tensor:
         return self._table((config.betas, config.window_size, device), lambda: window_weights(config, device))

@@ -278,7 +278,7 @@ def device_inputs(inputs: DeviceInputs, config: MicroAdamConfig, factors: Tensor
     )
 
 
-def same_kernel(tensors: Iterable[TensorStep], grads: Iterable[Tensor]) -> list[list[int]]:
+def group_by_kernel(tensors: Iterable[TensorStep], grads: Iterable[Tensor]) -> list[list[int]]:
     """Positions of the tensors that one launch can update: of the same dtypes and step, at most `MAX_TENSORS`."""
     groups: dict[tuple[torch.dtype, torch.dtype, int], list[int]] = {}
     for i, (tensor, grad) in enumerate(zip(tensors, grads, strict=True)):

@@ -58,7 +58,7 @@ def nvrtc_version() -> tuple[int, int]:
         _, major, minor = nvrtc.nvrtcVersion()
     except (ImportError, RuntimeError, OSError) as error:
         raise BackendUnavailableError(
-            f'backend="cuda": NVRTC, which compiles the kernel, cannot be used ({type(error).__name__}: {error}). '
+            f'backend="cuda": NVRTC, which compiles the kernel, cannot be used ({" ".join(str(error).split())}). '
             f"pip install 'cuda-core[cu{toolkit}]'; or use backend=\"reference\"."
         ) from error
     return major, minor
@@ -83,9 +83,10 @@ def compile_kernel(macros: Mapping[str, str | int], arch: str) -> bytes:
         cubin, _ = compile_verbosely(macros, arch)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(cubin)
-        os.replace(file.name, path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            complete = Path(folder, path.name)
+            complete.write_bytes(cubin)
+            os.replace(complete, path)
     except OSError as error:
         warnings.warn(
             f"the compiled CUDA kernel cannot be kept in {path.parent} ({error}): every process compiles it again. "
