@@ -61,9 +61,18 @@ __device__ __forceinline__ float max_or_nan(float a, float b) {
 }
 
 // A barrier among the first threads of a block; `count` is a multiple of 32.
-__device__ __forceinline__ void sync_first_threads(int count) { asm volatile("bar.sync 1, %0;" ::"r"(count) : "memory"); }
+__device__ __forceinline__ void sync_first_threads(int count) {
+  asm volatile("bar.sync 1, %0;" ::"r"(count) : "memory");
+}
 
 #endif
+
+// The compiler cannot know where a pointer leads that lay in shared memory.
+template <class T>
+__device__ __forceinline__ T* in_global(T* p) {
+  __builtin_assume(__isGlobal(p));
+  return p;
+}
 
 __device__ __forceinline__ uint16 bf16_bits(float x) { return static_cast<uint16>(bf16_pair(x, 0.f)); }
 

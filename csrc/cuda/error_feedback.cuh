@@ -22,8 +22,8 @@ __device__ __forceinline__ void accumulate(const Block& block, float grad_scale,
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
     const int first = first_element(c);
-    load_first<kAligned>(a[c], block.grad + first, block.numel - first);
-    codes[c] = load_codes<kAligned>(block.codes + first / 2, block.numel - first);
+    load_first<kAligned>(a[c], in_global(block.grad) + first, block.numel - first);
+    codes[c] = load_codes<kAligned>(in_global(block.codes) + first / 2, block.numel - first);
   }
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
@@ -35,8 +35,8 @@ __device__ __forceinline__ void accumulate(const Block& block, float grad_scale,
       if (!kAligned && first + j >= block.numel) continue;
       if (j == 0 || kBucketSize % kVector != 0) {
         const int bucket = (first + j) / kBucketSize;
-        lo = to_float(block.bucket_lo[bucket]);
-        step_q = __fdiv_rn(to_float(block.bucket_hi[bucket]) - lo, kLevels);
+        lo = to_float(in_global(block.bucket_lo)[bucket]);
+        step_q = __fdiv_rn(to_float(in_global(block.bucket_hi)[bucket]) - lo, kLevels);
       }
       a[c][j] = a[c][j] * grad_scale + (code_at(codes[c], j) * step_q + lo);
     }
@@ -95,10 +95,10 @@ __device__ __forceinline__ void encode_chunk(const Block& block, int c, const fl
 #pragma unroll
   for (int j = kVector - 1; j >= 0; --j) codes = codes * 16u + code_of(a[j], range);
   codes -= kCodeBits * 0x11111111u;  // what is above the four bits of each, modulo 2^32
-  store_codes<kAligned>(block.codes + first / 2, codes, count);
+  store_codes<kAligned>(in_global(block.codes) + first / 2, codes, count);
   if (first % kBucketSize == 0) {
-    block.bucket_lo[first / kBucketSize] = range.lo;
-    block.bucket_hi[first / kBucketSize] = range.hi;
+    in_global(block.bucket_lo)[first / kBucketSize] = range.lo;
+    in_global(block.bucket_hi)[first / kBucketSize] = range.hi;
   }
 }
 
@@ -140,8 +140,8 @@ __device__ __forceinline__ void encode_any(const Block& block, const float (&a)[
     __syncthreads();
     for (int i = threadIdx.x; i < count; i += kThreads) {
       const Range range = make_range(from_ordered(low[i]), from_ordered(high[i]));
-      block.bucket_lo[first_bucket + i] = range.lo;
-      block.bucket_hi[first_bucket + i] = range.hi;
+      in_global(block.bucket_lo)[first_bucket + i] = range.lo;
+      in_global(block.bucket_hi)[first_bucket + i] = range.hi;
     }
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
@@ -157,7 +157,7 @@ __device__ __forceinline__ void encode_any(const Block& block, const float (&a)[
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
     const int first = first_element(c);
-    if (first < block.numel) store_codes<kAligned>(block.codes + first / 2, codes[c], block.numel - first);
+    if (first < block.numel) store_codes<kAligned>(in_global(block.codes) + first / 2, codes[c], block.numel - first);
   }
 }
 

@@ -8,7 +8,9 @@ namespace microadam {
 
 constexpr int kVector = 8;
 
-__device__ __forceinline__ uint32 word(const uint4& x, int i) { return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w; }
+__device__ __forceinline__ uint32 word(const uint4& x, int i) {
+  return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w;
+}
 
 __device__ __forceinline__ void load_vector(float (&x)[kVector], const float* p) {
   const float4 low = reinterpret_cast<const float4*>(p)[0], high = reinterpret_cast<const float4*>(p)[1];

@@ -18,14 +18,14 @@ __device__ __forceinline__ void stage_window(Shared& s) {
   if (!is_staged(s.block.num_kept)) return;
 #pragma unroll 1
   for (int i = threadIdx.x; i < kWindowSize * s.block.num_kept; i += kThreads) {
-    s.staged[i] = s.block.indices[i] | static_cast<uint32>(s.block.values[i].bits) << 16;
+    s.staged[i] = in_global(s.block.indices)[i] | static_cast<uint32>(in_global(s.block.values)[i].bits) << 16;
   }
 }
 
 // Index and value of an element of the window, as in `staged`.
 __device__ __forceinline__ uint32 window_entry(int i, const Shared& s) {
   if (is_staged(s.block.num_kept)) return s.staged[i];
-  return s.block.indices[i] | static_cast<uint32>(s.block.values[i].bits) << 16;
+  return in_global(s.block.indices)[i] | static_cast<uint32>(in_global(s.block.values)[i].bits) << 16;
 }
 
 __device__ __forceinline__ void clear_sums(Shared& s) {
@@ -74,8 +74,8 @@ __device__ __forceinline__ void take_newest(int section, int first, int count, S
     const uint32 entry = s.list[i], place = entry & 0xffffu;
     float m = as_float(entry & 0xffff0000u), v = m * m;  // their weights are 1
     if (kWindowSize > 1) {
-      s.block.indices[slot + i] = static_cast<uint16>(section * kSection + place);
-      s.block.values[slot + i].bits = static_cast<uint16>(entry >> 16);
+      in_global(s.block.indices)[slot + i] = static_cast<uint16>(section * kSection + place);
+      in_global(s.block.values)[slot + i].bits = static_cast<uint16>(entry >> 16);
       m = s.m_sums[place] + m;
       v = s.v_sums[place] + v;
       s.v_sums[place] = kTaken;
@@ -126,8 +126,8 @@ __device__ __forceinline__ void store_empty_slot(const Shared& s) {
   const int slot = s.scalars.newest_slot * s.block.num_kept;
 #pragma unroll 1
   for (int i = threadIdx.x; i < s.block.num_kept; i += kThreads) {
-    s.block.indices[slot + i] = static_cast<uint16>(i);
-    s.block.values[slot + i].bits = 0;
+    in_global(s.block.indices)[slot + i] = static_cast<uint16>(i);
+    in_global(s.block.values)[slot + i].bits = 0;
   }
 }
 
@@ -142,14 +142,14 @@ __device__ __forceinline__ void apply_updates(int section, const Shared& s) {
 #pragma unroll
   for (int j = 0; j < kVector; ++j) changes |= update[j] != 0.f;
   if (!changes) return;
-  load_first<kAligned>(weights, s.block.param + first, count);
+  load_first<kAligned>(weights, in_global(s.block.param) + first, count);
 #pragma unroll
   for (int j = 0; j < kVector; ++j) weights[j] = weights[j] * s.scalars.decay - update[j];
-  store_first<kAligned>(s.block.param + first, weights, count);
+  store_first<kAligned>(in_global(s.block.param) + first, weights, count);
   if (s.block.param_copy != nullptr) {
     // The copy is rounded from what is stored, not from what was computed.
-    load_first<kAligned>(weights, s.block.param + first, count);
-    store_first<kAligned>(s.block.param_copy + first, weights, count);
+    load_first<kAligned>(weights, in_global(s.block.param) + first, count);
+    store_first<kAligned>(in_global(s.block.param_copy) + first, weights, count);
   }
 }
 

@@ -62,6 +62,7 @@ inline float __uint_as_float(unsigned x) { return harness::bit_cast<float>(x); }
 inline unsigned __float_as_uint(float x) { return harness::bit_cast<unsigned>(x); }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fsqrt_rn(float x) { return sqrtf(x); }
+#define __builtin_assume(condition)
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline unsigned __brev(unsigned x) {
   unsigned reversed = 0;
