@@ -134,7 +134,7 @@ MISTAKES = {
         "kAligned || j < count",
     ),
     "an element is updated once for every slot": ("window.cuh", "if (v >= 0.f)", "if (true)"),
-    "an empty slot keeps old values": ("window.cuh", "s.block.values[slot + i].bits = 0;", ""),
+    "an empty slot keeps old values": ("window.cuh", "in_global(s.block.values)[slot + i].bits = 0;", ""),
 }
 _WATCHED = ["normal", "ties", "nonfinite", "shifted", "most-kept", "bfloat16-bfloat16", "row-1000"]
 
