@@ -196,6 +196,10 @@ class Extent:
     row_stride: int
     size: int
 
+    def is_multiple_of(self, numel: int) -> bool:
+        """Whether every block begins at a multiple of ``numel`` elements."""
+        return all(x % numel == 0 for x in (self.start, self.row_stride, self.size))
+
 
 @dataclass(frozen=True)
 class BlockRun:
@@ -219,6 +223,12 @@ class BlockRun:
     def num_blocks(self) -> int:
         """Blocks of the run."""
         return self.rows * self.cols
+
+    @property
+    def is_gapless(self) -> bool:
+        """Whether the blocks follow each other in all tensors, from the end of a row to the next one."""
+        extents = (self.elements, self.codes, self.buckets, self.kept)
+        return all(extent.row_stride == self.cols * extent.size for extent in extents)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
-from .backends.base import TensorStep, select_backend
+from .backends.base import CapturableBackend, DeviceInputs, TensorStep, select_backend
 from .checkpoint.format import APART, APART_KEY, LAYOUT_KEY, describe_layouts, read_layouts
 from .checkpoint.match import match_groups, match_names, match_spans, match_tensors, state_dict_parts
 from .config import SETTING_NAMES, STRUCTURAL_SETTINGS, MicroAdamConfig, reject_unknown_settings
@@ -31,6 +30,7 @@ from .engines.base import (
 )
 from .errors import CheckpointMismatchError, ConfigError, MicroAdamError, UnsupportedLayoutError
 from .layout import DENSE_TENSORS, StateLayout
+from .nonfinite import NonfiniteCounter
 from .state import allocate_state, flatten_state, shape_state
 
 _PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -67,6 +67,8 @@ class MicroAdam(Optimizer):
             rows of every parameter, and gets the other rows from the rank that steps them. The weights are the same.
         weight_exchange: With ``shard_state``, what travels: ``"touched"``, the weights that changed, or ``"newest"``,
             the newest Top-K, which is less but replicates the window; see `engines.row_exchange`.
+        capturable: Count the steps on the GPU and read ``lr`` (if it is a tensor there) and what GradScaler found there
+            too, so that a step waits for nothing and can be captured in a CUDA graph. Needs ``backend="cuda"``.
 
     Raises:
         ConfigError: A setting is unknown or outside its range, or a parameter has an unsupported dtype.
@@ -94,6 +96,7 @@ class MicroAdam(Optimizer):
         sparse_allgather: bool = False,
         shard_state: Any = False,
         weight_exchange: str = "touched",
+        capturable: bool = False,
         **unknown: Any,
     ) -> None:
         reject_unknown_settings(unknown)
@@ -109,16 +112,22 @@ class MicroAdam(Optimizer):
             "ef_bits": ef_bits,
         }
         defaults = _with_numbers(defaults, MicroAdamConfig.from_dict(defaults))
-        if not isinstance(sparse_allgather, bool):
-            raise ConfigError(f"sparse_allgather={sparse_allgather!r}: expected true or false.")
+        for name, flag in (("sparse_allgather", sparse_allgather), ("capturable", capturable)):
+            if not isinstance(flag, bool):
+                raise ConfigError(f"{name}={flag!r}: expected true or false.")
+        if capturable and backend not in ("auto", "cuda"):
+            raise ConfigError(f'capturable=True with backend={backend!r}: only backend="cuda" can be captured.')
         self.sparse_allgather = sparse_allgather
+        self.capturable = capturable
         self.exchanged_bytes = ExchangedBytes()
+        if capturable and shard_state:
+            raise ConfigError("capturable=True with shard_state: the exchange of weights cannot be captured.")
         self._exchange = row_exchange(shard_state, weight_exchange, self.exchanged_bytes)
-        self._backend = select_backend(backend)
+        self._backend = select_backend("cuda" if capturable else backend)
         self._constructed: list[list[NamedParameter]] = []
         self._shards: dict[Tensor, Shard] = {}  # how the data of a tensor is reached; found with its layout
         self._layouts: dict[Tensor, StateLayout] = {}
-        self._num_nonfinite_blocks = 0
+        self._nonfinite = NonfiniteCounter()
         self._has_loaded_shards = False  # and has not stepped since
         self.loads_shards_later = False  # set by who calls load_sharded after load_state_dict
         super().__init__(params, defaults)
@@ -161,7 +170,7 @@ class MicroAdam(Optimizer):
     @property
     def num_nonfinite_blocks(self) -> int:
         """Blocks skipped so far on this rank because of a NaN, an Inf or a magnitude of 2**60 in the accumulator."""
-        return self._num_nonfinite_blocks
+        return self._nonfinite.total
 
     @property
     def shards_state(self) -> bool:
@@ -217,23 +226,22 @@ class MicroAdam(Optimizer):
 
         found_inf: Tensor | None = getattr(self, "found_inf", None)  # both are set by GradScaler for this call only
         loss_scale: Tensor | None = getattr(self, "grad_scale", None)
-        if found_inf is not None and float(found_inf):  # a plain 0 when no parameter has a gradient
+        if not self.capturable and found_inf is not None and float(found_inf):  # a plain 0 when there is no gradient
             return loss
-        grad_scale = 1.0 if loss_scale is None else 1.0 / float(loss_scale)
-
         groups = [
-            (MicroAdamConfig.from_dict(group), [p for p in group["params"] if p.grad is not None])
-            for group in self.param_groups
+            (self._config(group), [p for p in group["params"] if p.grad is not None]) for group in self.param_groups
         ]
         tensors = [p for _, members in groups for p in members]
         if self._prepare(tensors) and self._is_probe(tensors):
             return loss
         self._require_unchanged(groups)
 
-        num_skipped = 0
-        for config, members in groups:
-            num_skipped += self._step_group(members, config, grad_scale)
-        self._count_nonfinite(num_skipped)
+        grad_scale = 1.0 if loss_scale is None or self.capturable else 1.0 / float(loss_scale)
+        skipped = []
+        for group, (config, members) in zip(self.param_groups, groups, strict=True):
+            inputs = _device_inputs(group, loss_scale, found_inf) if self.capturable else grad_scale
+            skipped.append(self._step_group(members, config, inputs))
+        self._nonfinite.add(skipped)
         return loss
 
     @torch.no_grad()
@@ -250,22 +258,33 @@ class MicroAdam(Optimizer):
             UnsupportedLayoutError: As `step`.
             ConfigError: As `step`.
         """
-        config = MicroAdamConfig.from_dict(self.param_groups[group_index])
+        group = self.param_groups[group_index]
+        config = self._config(group)
         self._prepare([param])
         self._require_unchanged([(config, [param])])
-        self._count_nonfinite(self._step_group([param], config, grad_scale=1.0))
+        inputs = _device_inputs(group, None, None) if self.capturable else 1.0
+        self._nonfinite.add([self._step_group([param], config, inputs)])
 
-    def _step_group(self, members: Sequence[Tensor], config: MicroAdamConfig, grad_scale: float) -> int:
-        update = functools.partial(self._update, config=config, grad_scale=grad_scale)
+    def _config(self, group: Mapping[str, Any]) -> MicroAdamConfig:
+        """The settings of a group; a learning rate that is read on the device counts as 0."""
+        if self.capturable and isinstance(group["lr"], Tensor) and group["lr"].is_cuda:
+            group = {**group, "lr": 0.0}
+        return MicroAdamConfig.from_dict(group)
+
+    def _step_group(
+        self, members: Sequence[Tensor], config: MicroAdamConfig, inputs: float | DeviceInputs
+    ) -> int | Tensor:
+        """Step some tensors of a group with a factor on the gradients, or with what lies on the device."""
+        update = functools.partial(self._update, config=config, inputs=inputs)
         if self._exchange is None:
             return update(members)
         shared = [p for p in members if self._shards[p].groups]
         rows = [(self._shards[p], self._layouts[p], self._local_state(p), int(self.state[p]["step"])) for p in shared]
         replay = functools.partial(self._backend.step, config=config, grad_scale=1.0)
-        num_skipped: int = self._exchange.step(rows, config, update, replay)
+        num_skipped: int | Tensor = self._exchange.step(rows, config, update, replay)
         return num_skipped + update([p for p in members if not self._shards[p].groups])
 
-    def _update(self, members: Sequence[Tensor], config: MicroAdamConfig, grad_scale: float) -> int:
+    def _update(self, members: Sequence[Tensor], config: MicroAdamConfig, inputs: float | DeviceInputs) -> int | Tensor:
         """Step this rank's part of these tensors; returns the number of skipped blocks."""
         self._has_loaded_shards = False
         shards = [self._shards[p] for p in members]
@@ -273,27 +292,29 @@ class MicroAdam(Optimizer):
         # Copies where a parameter is not row-major in memory.
         flats = [local.contiguous().view(-1) for local in locals_]
         steps = [
-            TensorStep(flat, shard.grad.contiguous().view(-1), state, self._layouts[p], int(state["step"]))
+            TensorStep(
+                flat,
+                shard.grad.contiguous().view(-1),
+                state,
+                self._layouts[p],
+                0 if self.capturable else int(state["step"]),
+                counter=state["step"],
+            )
             for p, shard, flat, state in zip(members, shards, flats, map(self._unwrapped_state, members), strict=True)
         ]
-        num_skipped = self._backend.step(steps, config, grad_scale)
+        if isinstance(inputs, DeviceInputs):
+            assert isinstance(self._backend, CapturableBackend)
+            num_skipped = self._backend.step_on_device(steps, config, inputs)
+        else:
+            num_skipped = self._backend.step(steps, config, inputs)
         for p, local, flat in zip(members, locals_, flats, strict=True):
             if flat.data_ptr() != local.data_ptr():
                 local.copy_(flat.view(local.shape))
-            self.state[p]["step"] += 1
+            if not self.capturable:
+                self.state[p]["step"] += 1
         # A kernel writes through a pointer; a backward pass that still needs the old values must notice.
         torch.autograd.graph.increment_version(locals_)
         return num_skipped
-
-    def _count_nonfinite(self, num_blocks: int) -> None:
-        if num_blocks and not self._num_nonfinite_blocks:
-            warnings.warn(
-                f"MicroAdam skipped {num_blocks} blocks whose gradient or error feedback is not finite (NaN, Inf or "
-                "above 2**60); their weights and state are unchanged. Further ones are only counted, in "
-                "optimizer.num_nonfinite_blocks. If they keep coming, check the loss or clip the gradients.",
-                stacklevel=5,  # past torch's wrappers of step(), to the training loop
-            )
-        self._num_nonfinite_blocks += num_blocks
 
     # ---------------------------------------------------------------- layout and state
 
@@ -326,7 +347,8 @@ class MicroAdam(Optimizer):
         for p, layout in layouts.items():
             self._backend.check(layout.config, p.device)
         for p, layout in layouts.items():
-            self._set_state(p, layout, {"step": torch.zeros((), dtype=torch.int64), **allocate_state(layout, p.device)})
+            step = torch.zeros((), dtype=torch.int64, device=self._step_device(p))
+            self._set_state(p, layout, {"step": step, **allocate_state(layout, p.device)})
         return is_first_call
 
     def _is_probe(self, tensors: Sequence[Tensor]) -> bool:
@@ -358,6 +380,10 @@ class MicroAdam(Optimizer):
                         f"parameter {shard.name!r} has shape {tuple(shard.param.shape)} now, its state was made for "
                         f"{shard.local_shape}. Construct a new optimizer after changing a parameter's shape."
                     )
+
+    def _step_device(self, p: Tensor) -> torch.device:
+        """Where the steps of ``p`` are counted."""
+        return p.device if self.capturable else torch.device("cpu")
 
     def _set_state(self, p: Tensor, layout: StateLayout, state: Mapping[str, Tensor]) -> None:
         """Keep these flat state tensors and ``step`` as the state of ``p``."""
@@ -472,7 +498,7 @@ class MicroAdam(Optimizer):
         """This rank's part of saved state tensors, flat, on the parameter's device, and ``step``."""
         local = {name: self._shards[p].unwrap(saved[name]) for name in layout.tensors}
         copies = {name: tensor.to(p.device, copy=True).contiguous().view(-1) for name, tensor in local.items()}
-        return {"step": saved["step"].to("cpu", copy=True), **copies}
+        return {"step": saved["step"].to(self._step_device(p), copy=True), **copies}
 
     # ---------------------------------------------------------------- shards, for checkpoint adapters
 
@@ -499,8 +525,8 @@ class MicroAdam(Optimizer):
                 self._layouts.pop(p, None)
                 self.state.pop(p, None)
             else:
-                moved = {name: tensor if name == "step" else tensor.to(p.device) for name, tensor in state.items()}
-                self._set_state(p, layouts[p], moved)
+                moved = {name: tensor.to(p.device) for name, tensor in state.items() if name != "step"}
+                self._set_state(p, layouts[p], {"step": state["step"].to(self._step_device(p)), **moved})
 
     # ---------------------------------------------------------------- pickling
 
@@ -510,11 +536,12 @@ class MicroAdam(Optimizer):
             "_constructed",
             "_shards",
             "_layouts",
-            "_num_nonfinite_blocks",
+            "_nonfinite",
             "_has_loaded_shards",
             "loads_shards_later",
             "_exchange",
             "sparse_allgather",
+            "capturable",
             "exchanged_bytes",
         )
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
@@ -526,3 +553,9 @@ def _with_numbers(settings: Mapping[str, Any], config: MicroAdamConfig) -> dict[
         key: getattr(config, key) if key in SETTING_NAMES and not isinstance(value, Tensor) else value
         for key, value in settings.items()
     }
+
+
+def _device_inputs(group: Mapping[str, Any], loss_scale: Tensor | None, found_inf: Tensor | None) -> DeviceInputs:
+    """What a captured step reads on the device."""
+    on_device = (x if isinstance(x, Tensor) and x.is_cuda else None for x in (group["lr"], loss_scale, found_inf))
+    return DeviceInputs(*on_device)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ class TensorStep:
         step: Steps this tensor has taken before.
         param_copy: (numel,) bf16, contiguous, or None. A second output: wherever the layout has spans it holds the
             parameter after the step, rounded.
+        counter: 0-dim int64, or None. `CapturableBackend.step_on_device` counts the steps there instead, on the device.
     """
 
     param: Tensor
@@ -36,6 +38,7 @@ class TensorStep:
     layout: StateLayout
     step: int
     param_copy: Tensor | None = None
+    counter: Tensor | None = None
 
 
 class Backend(Protocol):
@@ -51,7 +54,7 @@ class Backend(Protocol):
             BackendUnavailableError: Not on this device.
         """
 
-    def step(self, tensors: Sequence[TensorStep], config: MicroAdamConfig, grad_scale: float) -> int:
+    def step(self, tensors: Sequence[TensorStep], config: MicroAdamConfig, grad_scale: float) -> int | Tensor:
         """Update all tensors of one group in place.
 
         Args:
@@ -60,11 +63,43 @@ class Backend(Protocol):
             grad_scale: Factor on every gradient (1 / loss scale).
 
         Returns:
-            Number of blocks skipped because of a non-finite accumulator.
+            Number of blocks skipped because of a non-finite accumulator; a 0-dim integer tensor on the device where
+            reading it would wait for the device.
         """
 
 
-BACKEND_NAMES = ("auto", "reference", "cpu")
+@dataclass(frozen=True)
+class DeviceInputs:
+    """Numbers of a step that are read on the device when it runs; None: not given there.
+
+    Attributes:
+        lr: 0-dim fp32 or float64; instead of the config's.
+        loss_scale: 0-dim fp32; every gradient is divided by it.
+        found_inf: 0-dim fp32; if it is not 0 nothing is changed and no step counted.
+    """
+
+    lr: Tensor | None = None
+    loss_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+
+@runtime_checkable
+class CapturableBackend(Backend, Protocol):
+    """A backend whose step can be captured in a CUDA graph: every replay is one more step."""
+
+    def step_on_device(
+        self, tensors: Sequence[TensorStep], config: MicroAdamConfig, inputs: DeviceInputs
+    ) -> int | Tensor:
+        """As `Backend.step`, but the steps are counted in the tensors' ``counter``, to which 1 is added.
+
+        Args:
+            tensors: The tensors, all with the settings ``config``.
+            config: betas, eps and weight decay, and lr unless ``inputs`` has it.
+            inputs: What else is read on the device.
+        """
+
+
+BACKEND_NAMES = ("auto", "reference", "cpu", "cuda")
 
 
 def select_backend(name: str) -> Backend:
@@ -84,55 +119,60 @@ def select_backend(name: str) -> Backend:
         from .cpu import CpuBackend
 
         return CpuBackend()
+    if name == "cuda":
+        from .cuda import CudaBackend
+
+        return CudaBackend()
     raise ConfigError(f"backend={name!r}: expected one of {', '.join(BACKEND_NAMES)}.")
 
 
 class AutoBackend:
     """Chooses by the settings and the device of each tensor; the parameters of a group may lie on several devices.
 
+    The fused backend of a type of device is looked for when the first parameter on such a device is seen.
+
     Attributes:
-        unavailable: Name of each faster backend that cannot run here -> why, and what to do.
+        unavailable: Name of each fused backend that was looked for and cannot run here -> why, and what to do.
     """
 
     name = "auto"
-    _preferred = ("cpu",)  # fastest first; the reference backend runs what none of them can
+    _fused = ("cpu", "cuda")  # types of devices with a backend of that name; the reference backend runs the rest
 
     def __init__(self) -> None:
         self._backends = {"reference": select_backend("reference")}
         self.unavailable: dict[str, str] = {}
-        for name in self._preferred:
-            try:
-                self._backends[name] = select_backend(name)
-            except BackendUnavailableError as error:
-                self.unavailable[name] = str(error)
 
     def __reduce__(self) -> tuple[type[AutoBackend], tuple[()]]:
         return AutoBackend, ()  # where it is unpickled other backends may be available
 
     def choose(self, config: MicroAdamConfig, device: torch.device) -> Backend:
         """The fastest backend for these settings on this device."""
-        for name in self._preferred:
-            backend = self._backends.get(name)
-            if backend is not None and _can_run(backend, config, device):
-                return backend
+        name = device.type
+        if name in self._fused and name not in self.unavailable:
+            try:
+                if name not in self._backends:
+                    self._backends[name] = select_backend(name)
+                self._backends[name].check(config, device)
+                return self._backends[name]
+            except BackendUnavailableError as error:
+                self.unavailable[name] = str(error)
+                if name == "cuda":
+                    warnings.warn(f"MicroAdam takes its slow reference backend on {device}. {error}", stacklevel=2)
+            except ConfigError:
+                pass  # settings for studies, which only the reference backend has
         return self._backends["reference"]
 
     def check(self, config: MicroAdamConfig, device: torch.device) -> None:
         """Every valid setting runs on every device."""
 
-    def step(self, tensors: Sequence[TensorStep], config: MicroAdamConfig, grad_scale: float) -> int:
+    def step(self, tensors: Sequence[TensorStep], config: MicroAdamConfig, grad_scale: float) -> int | Tensor:
         """See `Backend.step`."""
         by_device: dict[torch.device, list[TensorStep]] = {}
         for tensor in tensors:
             by_device.setdefault(tensor.param.device, []).append(tensor)
-        return sum(
-            self.choose(config, device).step(members, config, grad_scale) for device, members in by_device.items()
-        )
-
-
-def _can_run(backend: Backend, config: MicroAdamConfig, device: torch.device) -> bool:
-    try:
-        backend.check(config, device)
-    except (ConfigError, BackendUnavailableError):
-        return False
-    return True
+        num_skipped: int | Tensor = 0
+        for device, members in by_device.items():
+            # A sum lies where its last part does.
+            so_far = num_skipped.to(device) if isinstance(num_skipped, Tensor) else num_skipped
+            num_skipped = so_far + self.choose(config, device).step(members, config, grad_scale)
+        return num_skipped

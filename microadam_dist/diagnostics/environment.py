@@ -11,7 +11,7 @@ from ..backends.base import AutoBackend
 from ..config import MicroAdamConfig
 from ..errors import BackendUnavailableError
 
-_PACKAGES = ("microadam-dist", "torch", "deepspeed", "transformers", "accelerate")
+_PACKAGES = ("microadam-dist", "torch", "cuda-core", "deepspeed", "transformers", "accelerate")
 
 
 def versions() -> dict[str, str]:
@@ -35,6 +35,12 @@ def backends() -> dict[str, str]:
         found["cpu"] = f"available: {cpu.isa}, {cpu.num_threads} threads ({cpu.threading})"
     except BackendUnavailableError as error:
         found["cpu"] = f"not available: {error}"
+    try:
+        from ..backends.cuda import CudaBackend
+
+        found["cuda"] = f"available: {CudaBackend().describe()}"
+    except BackendUnavailableError as error:
+        found["cuda"] = f"not available: {error}"
     return found
 
 

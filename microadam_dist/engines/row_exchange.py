@@ -37,7 +37,7 @@ COMM_BUCKET_NUMEL = 1 << 24
 # The newer name; torch 2.13 warns of the older one.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-Update = Callable[[Sequence[Tensor]], int]  # steps this rank's rows of parameters; returns the skipped blocks
+Update = Callable[[Sequence[Tensor]], int | Tensor]  # steps this rank's rows of parameters; returns the skipped blocks
 Replay = Callable[[Sequence[TensorStep]], Any]  # updates weights from a window
 
 
@@ -120,7 +120,7 @@ class RowExchange(ABC):
 
     def step(
         self, parameters: Iterable[tuple[Any, ...]], config: MicroAdamConfig, update: Update, replay: Replay
-    ) -> int:
+    ) -> int | Tensor:
         """Step the parameters of one param group on all ranks; returns the blocks this rank has skipped.
 
         Args:
@@ -140,7 +140,9 @@ class RowExchange(ABC):
         return sum(self._step_bucket(bucket, config, update, replay) for bucket in _comm_buckets(rows))
 
     @abstractmethod
-    def _step_bucket(self, bucket: Sequence[Rows], config: MicroAdamConfig, update: Update, replay: Replay) -> int:
+    def _step_bucket(
+        self, bucket: Sequence[Rows], config: MicroAdamConfig, update: Update, replay: Replay
+    ) -> int | Tensor:
         """Step parameters of one dtype."""
 
     def _require_agreement(self, rows: Sequence[Rows], config: MicroAdamConfig) -> None:
@@ -215,7 +217,9 @@ class RowExchange(ABC):
 class TouchedExchange(RowExchange):
     """Sends the weights that changed."""
 
-    def _step_bucket(self, bucket: Sequence[Rows], config: MicroAdamConfig, update: Update, replay: Replay) -> int:
+    def _step_bucket(
+        self, bucket: Sequence[Rows], config: MicroAdamConfig, update: Update, replay: Replay
+    ) -> int | Tensor:
         shards = [row.shard for row in bucket]
         mesh, own = shards[0].mesh, shards[0].rank
         shares = [_flat(shards, rank) for rank in range(mesh.size())]
@@ -260,7 +264,9 @@ class NewestExchange(RowExchange):
         """See `RowExchange.replica_bytes`."""
         return sum(part.nbytes for replica in self._replicas.values() for part in replica.window.values())
 
-    def _step_bucket(self, bucket: Sequence[Rows], config: MicroAdamConfig, update: Update, replay: Replay) -> int:
+    def _step_bucket(
+        self, bucket: Sequence[Rows], config: MicroAdamConfig, update: Update, replay: Replay
+    ) -> int | Tensor:
         shards = [row.shard for row in bucket]
         sparse = [row for row in bucket if row.window]
         dense = [row.shard for row in bucket if not row.window]
@@ -274,7 +280,7 @@ class NewestExchange(RowExchange):
                 replica.store_slot(rank, row, next(theirs), next(theirs))
             for shard, weights in zip(dense, theirs, strict=True):
                 _write(shard.rows_of(rank), weights)
-        skipped = torch.tensor([num_skipped], device=shards[0].tensor.device)
+        skipped = torch.as_tensor(num_skipped, device=shards[0].tensor.device).view(1)
         if self._all_gather(skipped, shards[0].mesh).any():  # the weights of a skipped block do not follow its window
             self._gather_weights([row.shard for row in sparse])
         else:

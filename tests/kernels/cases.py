@@ -16,7 +16,6 @@ from microadam_dist.layout import ShardSpan, StateLayout
 from microadam_dist.state import allocate_state
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-PADDING = 7  # elements before, between and after the spans; they hold NaN and must not be read or written
 
 
 def normal(generator: torch.Generator, numel: int, step: int) -> Tensor:
@@ -51,6 +50,11 @@ def tiny(generator: torch.Generator, numel: int, step: int) -> Tensor:
     return torch.randn(numel, generator=generator) * 1e-38
 
 
+def shifted(generator: torch.Generator, numel: int, step: int) -> Tensor:
+    """A large common part: a bucket's range is a few bf16 numbers wide, and its rounded ends lie inside it."""
+    return torch.randn(numel, generator=generator) * 0.3 + 100.0
+
+
 def nonfinite(generator: torch.Generator, numel: int, step: int) -> Tensor:
     """NaN, Inf, -Inf or a magnitude that is skipped, in every third step, at one place."""
     grad = torch.randn(numel, generator=generator)
@@ -67,7 +71,11 @@ def below_limit(generator: torch.Generator, numel: int, step: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """One run of a backend: parameter spans in one local tensor, dtypes, settings and gradients."""
+    """One run of a backend: parameter spans in one local tensor, dtypes, settings and gradients.
+
+    Attributes:
+        padding: Elements before, between and after the spans; they hold NaN and must not be read or written.
+    """
 
     name: str
     spans: tuple[tuple[tuple[int, ...], int, int], ...]  # (global shape, start, numel)
@@ -77,6 +85,7 @@ class Case:
     gradient: Callable[[torch.Generator, int, int], Tensor] = normal
     num_steps: int = 6
     grad_scale: float = 1.0
+    padding: int = 7
 
     def __str__(self) -> str:
         return self.name
@@ -87,10 +96,10 @@ class Case:
 
     @property
     def layout(self) -> StateLayout:
-        spans, offset = [], PADDING
+        spans, offset = [], self.padding
         for i, (shape, start, numel) in enumerate(self.spans):
             spans.append(ShardSpan(str(i), shape, start, numel, offset))
-            offset += numel + PADDING
+            offset += numel + self.padding
         return StateLayout(tuple(spans), self.config)
 
 
@@ -137,6 +146,7 @@ def _table() -> list[Case]:
         ),
         Case("all-kept", whole(20, 256), settings={"density": 1.0}),
         Case("half-kept", whole(20, 256), settings={"density": 0.5, "window_size": 3}),
+        Case("most-kept", whole(20, 256), settings={"density": 0.7, "window_size": 6}, num_steps=8),
         Case("one-kept", whole(20, 256), settings={"density": 1e-6}),
         Case("long-window", whole(20, 256), settings={"window_size": 20}, num_steps=25),
         Case("bucket-of-a-block", whole(20, 256), settings={"bucket_size": 256}),
@@ -156,8 +166,39 @@ def _table() -> list[Case]:
     return cases
 
 
-_GRADIENTS = (normal, constant, ties, zeros, sparse_rows, tiny, nonfinite, below_limit)
+_GRADIENTS = (normal, constant, ties, zeros, sparse_rows, tiny, shifted, nonfinite, below_limit)
 CASES = _table()
+
+# Lengths and settings that the fused kernels treat in their own ways: whole and partial tiles and vectors, groups that
+# are merged or too few for the number kept, buckets of one tile, several and no whole number of them.
+_LONG = {"block_size": 4096, "weight_decay": 0.1}
+KERNEL_CASES = [
+    *(case for case in CASES if case.config.ef_bits == 4),
+    Case("4096-1%-10", whole(3, 8192), settings={**_LONG, "density": 0.01, "window_size": 10}, num_steps=12),
+    Case("4096-5%-2", whole(3, 8192), BF16, BF16, settings={**_LONG, "density": 0.05, "window_size": 2}),
+    Case("4096-10%-1", whole(3, 8192), settings={**_LONG, "density": 0.1, "window_size": 1}),
+    Case("4096-30%", whole(3, 8192), FP16, FP16, settings={**_LONG, "density": 0.3}),
+    Case("2752", whole(2, 11008), BF16, FP32, settings={**_LONG, "density": 0.01}),
+    Case("4096-ties", whole(3, 8192), settings=_LONG, gradient=ties),
+    Case("4096-constant", whole(3, 8192), settings=_LONG, gradient=constant),
+    Case("4096-nonfinite", whole(3, 8192), FP16, BF16, settings=_LONG, gradient=nonfinite),
+    Case("32768", whole(2, 32768), settings={"block_size": 32768, "density": 0.01}),
+    Case("32768-all-kept", whole(2, 32768), settings={"block_size": 32768, "density": 1.0}, num_steps=3),
+    Case("32767", whole(2, 32767), BF16, BF16, settings={"block_size": 32768, "bucket_size": 2}, num_steps=3),
+    Case("bucket-128", whole(3, 4096), settings={**_LONG, "bucket_size": 128}),
+    Case("bucket-192", whole(3, 4095), settings={**_LONG, "bucket_size": 192}),
+    Case("bucket-32", whole(3, 4099), settings={**_LONG, "bucket_size": 32}),
+    Case("bucket-96", whole(3, 4099), FP16, FP16, settings={**_LONG, "bucket_size": 96}),
+    Case("4096-20%-3", whole(3, 8192), BF16, BF16, settings={**_LONG, "density": 0.2, "window_size": 3}),
+    Case("4096-sparse", whole(3, 8192), settings={**_LONG, "density": 0.05}, gradient=sparse_rows),
+    Case("8192", whole(2, 8192), BF16, BF16, settings={"block_size": 8192, "density": 0.05, "window_size": 2}),
+    Case("15000", whole(2, 15000), settings={"block_size": 16384, "density": 0.01, "window_size": 10}, num_steps=3),
+    Case("one-kept-of-64", whole(64, 64), settings={"block_size": 64, "density": 1e-6, "window_size": 20}),
+    Case("bucket-4", whole(20, 250), settings={"bucket_size": 4}),
+    Case("bucket-6", whole(20, 250), FP16, BF16, settings={"bucket_size": 6}),
+    Case("bucket-8", whole(20, 250), settings={"bucket_size": 8}),
+    Case("bucket-16", whole(20, 256), BF16, BF16, settings={"bucket_size": 16}),
+]
 
 
 @dataclass
@@ -173,7 +214,7 @@ def make_inputs(case: Case) -> tuple[Tensor, list[Tensor]]:
     """The local tensor and one gradient a step; everything outside the spans is NaN."""
     generator = torch.Generator().manual_seed(sum(map(ord, case.name)))
     spans = case.layout.spans
-    local_numel = spans[-1].offset + spans[-1].numel + PADDING
+    local_numel = spans[-1].offset + spans[-1].numel + case.padding
     param = torch.full((local_numel,), math.nan, dtype=case.param_dtype)
     for span in spans:
         param[span.offset : span.offset + span.numel] = torch.randn(span.numel, generator=generator).to(
@@ -189,18 +230,20 @@ def make_inputs(case: Case) -> tuple[Tensor, list[Tensor]]:
     return param, grads
 
 
-def run_case(case: Case, backend: Backend) -> list[Snapshot]:
-    """Run all steps of a case and snapshot parameter and state after each."""
-    param, grads = make_inputs(case)
+def run_case(case: Case, backend: Backend, device: str = "cpu") -> list[Snapshot]:
+    """Run all steps of a case and snapshot parameter and state after each, in host memory."""
+    inputs, grads = make_inputs(case)
+    param = inputs.to(device)
     layout = case.layout
     state = allocate_state(layout, param.device)
     snapshots = []
-    for step, grad in enumerate(grads):
-        before = grad.clone()
+    for step, before in enumerate(grads):
+        grad = before.to(device, copy=True)
         tensor = TensorStep(param, grad, state, layout, step)
         num_nonfinite = backend.step([tensor], case.config, case.grad_scale)
-        assert torch.equal(grad.view(torch.uint8), before.view(torch.uint8)), "the gradient was overwritten"
-        snapshots.append(Snapshot(param.clone(), {name: t.clone() for name, t in state.items()}, num_nonfinite))
+        assert torch.equal(grad.cpu().view(torch.uint8), before.view(torch.uint8)), "the gradient was overwritten"
+        copies = {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
+        snapshots.append(Snapshot(param.to("cpu", copy=True), copies, int(num_nonfinite)))
     return snapshots
 
 

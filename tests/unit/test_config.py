@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from microadam_dist import ConfigError, MicroAdam, MicroAdamConfig
+from microadam_dist import BackendUnavailableError, ConfigError, MicroAdam, MicroAdamConfig
 from microadam_dist.backends.base import BACKEND_NAMES
 from microadam_dist.config import SETTING_NAMES, STRUCTURAL_SETTINGS
 
@@ -204,11 +204,20 @@ def test_misspelled_setting(name: str, meant: str) -> None:
         MicroAdam([{"params": [make_param()], name: 1}])
 
 
-@pytest.mark.parametrize("name", ["amsgrad", "fused", "foreach", "capturable", "maximize", "torch_adam", "adam_w_mode"])
+@pytest.mark.parametrize("name", ["amsgrad", "fused", "foreach", "differentiable", "maximize", "torch_adam"])
 def test_unknown_argument_lists_the_settings(name: str) -> None:
     with pytest.raises(ConfigError, match=f"unknown setting '{name}'") as error:
         MicroAdam([make_param()], **{name: True})
     assert all(setting in str(error.value) for setting in (*SETTING_NAMES, "backend"))
+
+
+def test_capturable_needs_the_cuda_backend() -> None:
+    with pytest.raises(ConfigError, match="capturable=1: expected true or false"):
+        MicroAdam([make_param()], capturable=1)
+    with pytest.raises(ConfigError, match="capturable=True with backend='cpu'"):
+        MicroAdam([make_param()], capturable=True, backend="cpu")
+    with pytest.raises(BackendUnavailableError, match='backend="cuda"'):
+        MicroAdam([make_param()], capturable=True)
 
 
 @pytest.mark.parametrize(

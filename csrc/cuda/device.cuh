@@ -1,0 +1,83 @@
+// Types, and the few instructions that CUDA C++ has no portable name for.
+//
+// The kernels are compiled by NVRTC, where no header is at hand, and for tests by a C++ compiler, where
+// `harness/cuda.h` stands in for the GPU.
+#pragma once
+
+#ifdef MICROADAM_HARNESS
+#include "harness/cuda.h"
+#endif
+
+namespace microadam {
+
+using uint8 = unsigned char;
+using uint16 = unsigned short;
+using int32 = int;
+using uint32 = unsigned int;
+using int64 = long long;
+using Fp32 = float;
+
+struct Bf16 {
+  uint16 bits;
+};
+struct Fp16 {
+  uint16 bits;
+};
+
+constexpr uint32 kFullWarp = 0xffffffffu;
+constexpr uint32 kInfBits = 0x7f800000u;
+
+__device__ __forceinline__ float as_float(uint32 bits) { return __uint_as_float(bits); }
+__device__ __forceinline__ uint32 float_bits(float x) { return __float_as_uint(x); }
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(Bf16 x) { return as_float(static_cast<uint32>(x.bits) << 16); }
+
+#ifndef MICROADAM_HARNESS
+
+__device__ __forceinline__ float to_float(Fp16 x) {
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(x.bits));
+  return result;
+}
+
+// Two numbers rounded to bf16, the first in the lower half.
+__device__ __forceinline__ uint32 bf16_pair(float low, float high) {
+  uint32 result;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  return result;
+}
+
+__device__ __forceinline__ uint16 fp16_bits(float x) {
+  uint16 result;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result) : "f"(x));
+  return result;
+}
+
+// The larger one; NaN if there is one.
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
+// A barrier among the first threads of a block; `count` is a multiple of 32.
+__device__ __forceinline__ void sync_first_threads(int count) {
+  asm volatile("bar.sync 1, %0;" ::"r"(count) : "memory");
+}
+
+#endif
+
+// The compiler cannot know where a pointer leads that lay in shared memory.
+template <class T>
+__device__ __forceinline__ T* in_global(T* p) {
+  __builtin_assume(__isGlobal(p));
+  return p;
+}
+
+__device__ __forceinline__ uint16 bf16_bits(float x) { return static_cast<uint16>(bf16_pair(x, 0.f)); }
+
+__device__ __forceinline__ void round_to(float* p, float x) { *p = x; }
+__device__ __forceinline__ void round_to(Bf16* p, float x) { p->bits = bf16_bits(x); }
+__device__ __forceinline__ void round_to(Fp16* p, float x) { p->bits = fp16_bits(x); }
+
+}  // namespace microadam

@@ -1,0 +1,156 @@
+// The window: sums over its slots, oldest to newest, and the update they give.
+//
+// The sums of one section lie in shared memory. Indices are unique inside a slot, so its elements can be added by as
+// many threads; a barrier separates the slots. An element that no slot holds keeps the sum M = 0, which gives the
+// update 0, so nothing else marks it.
+#pragma once
+
+#include "block.cuh"
+
+namespace microadam {
+
+__device__ __forceinline__ bool is_staged(int num_kept) {
+  return kWindowSize > 1 && kWindowSize * num_kept <= kStageCapacity;
+}
+
+// Brings the whole window to shared memory with all loads at once, if it fits.
+__device__ __forceinline__ void stage_window(Shared& s) {
+  if (!is_staged(s.block.num_kept)) return;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < kWindowSize * s.block.num_kept; i += kThreads) {
+    s.staged[i] = in_global(s.block.indices)[i] | static_cast<uint32>(in_global(s.block.values)[i].bits) << 16;
+  }
+}
+
+// Index and value of an element of the window, as in `staged`.
+__device__ __forceinline__ uint32 window_entry(int i, const Shared& s) {
+  if (is_staged(s.block.num_kept)) return s.staged[i];
+  return in_global(s.block.indices)[i] | static_cast<uint32>(in_global(s.block.values)[i].bits) << 16;
+}
+
+__device__ __forceinline__ void clear_sums(Shared& s) {
+  const float zeros[kVector] = {};
+  store_vector(s.m_sums + threadIdx.x * kVector, zeros);
+  if (kWindowSize > 1) store_vector(s.v_sums + threadIdx.x * kVector, zeros);
+}
+
+// M = sum b1^r V_r,  V = sum b2^r V_r^2 over the slots in the window: those before the newest, or all in a replay. Only as
+// many warps as a slot keeps busy take part; the others go on.
+__device__ __forceinline__ void sum_slots(int section, const Launch& launch, Shared& s) {
+  const int num_kept = s.block.num_kept, num_threads = min((num_kept + 31) / 32 * 32, kThreads);
+  if (static_cast<int>(threadIdx.x) >= num_threads) return;
+#pragma unroll 1
+  for (int age = s.scalars.num_weights - 1; age >= (kReplays ? 0 : 1); --age) {
+    const int slot = s.scalars.newest_slot - age + (s.scalars.newest_slot < age ? kWindowSize : 0);
+    const float m_weight = launch.m_weights[age], v_weight = launch.v_weights[age];
+#pragma unroll 1
+    for (int i = threadIdx.x; i < num_kept; i += num_threads) {
+      const uint32 entry = window_entry(slot * num_kept + i, s), place = (entry & 0xffffu) - section * kSection;
+      if (place >= kSection) continue;
+      const float value = as_float(entry & 0xffff0000u);
+      s.m_sums[place] = s.m_sums[place] + m_weight * value;
+      s.v_sums[place] = s.v_sums[place] + v_weight * (value * value);
+    }
+    sync_first_threads(num_threads);
+  }
+}
+
+// lr * (m / (eps + sqrt(v)))
+__device__ __forceinline__ float adam_update(float m, float v, const Scalars& scalars) {
+  return __fdiv_rn(m, __fsqrt_rn(v) + scalars.eps) * scalars.lr;
+}
+
+__device__ __forceinline__ float window_update(float m_sum, float v_sum, const Scalars& scalars) {
+  return adam_update(m_sum * scalars.m_factor, v_sum * scalars.v_factor, scalars);
+}
+
+constexpr float kTaken = -1.f;  // in the place of V: M has become the update already
+
+// The newest slot: stores it, adds it to the sums, and updates its elements, whose sums are then complete.
+__device__ __forceinline__ void take_newest(int section, int first, int count, Shared& s) {
+  const int slot = s.scalars.newest_slot * s.block.num_kept + first;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < count; i += kThreads) {
+    const uint32 entry = s.list[i], place = entry & 0xffffu;
+    float m = as_float(entry & 0xffff0000u), v = m * m;  // their weights are 1
+    if (kWindowSize > 1) {
+      in_global(s.block.indices)[slot + i] = static_cast<uint16>(section * kSection + place);
+      in_global(s.block.values)[slot + i].bits = static_cast<uint16>(entry >> 16);
+      m = s.m_sums[place] + m;
+      v = s.v_sums[place] + v;
+      s.v_sums[place] = kTaken;
+    }
+    s.m_sums[place] = window_update(m, v, s.scalars);
+  }
+}
+
+// The elements these slots hold; of several slots that hold one, the first thread to come updates it.
+__device__ __forceinline__ void update_slots(int section, Shared& s) {
+  if (kWindowSize == 1) return;
+  const int num_kept = s.block.num_kept, newest = s.scalars.newest_slot * num_kept;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < s.scalars.num_weights * num_kept; i += kThreads) {
+    const uint32 place = (window_entry(i, s) & 0xffffu) - section * kSection;
+    if (place >= kSection || (!kReplays && i >= newest && i < newest + num_kept)) continue;
+    const float v = atomicExch(&s.v_sums[place], kTaken);
+    if (v >= 0.f) s.m_sums[place] = window_update(s.m_sums[place], v, s.scalars);
+  }
+}
+
+// Lists the kept elements of a section, as many as the list holds at once, and takes them; a[I] = 0.
+__device__ __forceinline__ void take_kept(int section, float (&a)[kVector], const Kept& kept, Shared& s) {
+  if (threadIdx.x == kThreads - 1) s.section_kept = kept.position - kept.section + __popc(kept.mask);
+  int listed = 0;
+  do {
+    int i = kept.position - kept.section - listed;
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) {
+      if ((kept.mask >> j & 1u) == 0) continue;
+      if (kListHoldsSection || (i >= 0 && i < kListCapacity)) {
+        s.list[i] = (threadIdx.x * kVector + j) | static_cast<uint32>(bf16_bits(a[j])) << 16;
+      }
+      ++i;
+    }
+    __syncthreads();
+    take_newest(section, kept.section + listed, min(s.section_kept - listed, kListCapacity), s);
+    __syncthreads();
+    listed += kListCapacity;
+  } while (!kListHoldsSection && listed < s.section_kept);
+#pragma unroll
+  for (int j = 0; j < kVector; ++j) a[j] = kept.mask >> j & 1u ? 0.f : a[j];
+}
+
+// The slot of a skipped block is stored empty: zeros at the first places, which add nothing anywhere.
+__device__ __forceinline__ void store_empty_slot(const Shared& s) {
+  if (kWindowSize == 1) return;
+  const int slot = s.scalars.newest_slot * s.block.num_kept;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < s.block.num_kept; i += kThreads) {
+    in_global(s.block.indices)[slot + i] = static_cast<uint16>(i);
+    in_global(s.block.values)[slot + i].bits = 0;
+  }
+}
+
+// p = p * (1 - lr*wd);  p[touched] -= update
+template <bool kAligned>
+__device__ __forceinline__ void apply_updates(int section, const Shared& s) {
+  const int first = first_element(section), count = s.block.numel - first;
+  if (count <= 0) return;
+  float update[kVector], weights[kVector];
+  load_vector(update, s.m_sums + threadIdx.x * kVector);
+  bool changes = s.scalars.decay != 1.f || s.block.param_copy != nullptr;
+#pragma unroll
+  for (int j = 0; j < kVector; ++j) changes |= update[j] != 0.f;
+  if (!changes) return;
+  load_first<kAligned>(weights, in_global(s.block.param) + first, count);
+#pragma unroll
+  for (int j = 0; j < kVector; ++j) weights[j] = weights[j] * s.scalars.decay - update[j];
+  store_first<kAligned>(in_global(s.block.param) + first, weights, count);
+  if (s.block.param_copy != nullptr) {
+    // The copy is rounded from what is stored, not from what was computed.
+    load_first<kAligned>(weights, in_global(s.block.param) + first, count);
+    store_first<kAligned>(in_global(s.block.param_copy) + first, weights, count);
+  }
+}
+
+}  // namespace microadam

@@ -1,0 +1,215 @@
+"""The CUDA backend: the kernel in ``csrc/cuda``, one launch for all tensors of a group.
+
+Nothing here waits for the device. The number of skipped blocks is counted there and returned as a tensor.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import MicroAdamConfig
+from ..errors import BackendUnavailableError, ConfigError
+from ..layout import StateLayout
+from . import nvrtc
+from .base import DeviceInputs, TensorStep
+from .cuda_launch import (
+    SCALARS_BYTES,
+    Launch,
+    Plan,
+    device_inputs,
+    fill_launch,
+    group_by_kernel,
+    host_scalars,
+    kernel_macros,
+    readable_grads,
+    step_factors,
+    window_weights,
+)
+
+MIN_CAPABILITY = (8, 0)  # conversions to bf16 and warp-wide sums in one instruction
+KERNEL_NAMES = ("microadam_scalars", "microadam_step")
+MAX_PLANS = 1024  # where other tensors have gradients in every step
+
+
+class CudaBackend:
+    """The fused kernel for tensors on NVIDIA GPUs.
+
+    Raises:
+        BackendUnavailableError: There is no GPU, or no compiler for the kernel; says what to do.
+    """
+
+    name = "cuda"
+
+    def __init__(self) -> None:
+        if not torch.cuda.is_available():
+            raise BackendUnavailableError(
+                'backend="cuda": torch sees no CUDA device. Use a CUDA build of torch on a machine with an NVIDIA GPU, '
+                'or backend="auto".'
+            )
+        nvrtc.source_folder()
+        major, _ = nvrtc.nvrtc_version()
+        from cuda.bindings import driver
+
+        self._driver = driver
+        supported = self._call(driver.cuDriverGetVersion()) // 1000
+        if major > supported:
+            raise BackendUnavailableError(
+                f'backend="cuda": the installed NVRTC is of CUDA {major}, the driver runs CUDA {supported} at most. '
+                f"Update the driver, or pip install 'cuda-core[cu{supported}]'."
+            )
+        self._plans: dict[Any, Plan] = {}  # as long as their layouts live
+        self._captured: set[Plan] = set()  # a CUDA graph needs them
+        self._tables: dict[Any, Tensor] = {}
+        self._compiled: dict[Any, dict[str, Any]] = {}
+
+    def __reduce__(self) -> tuple[type[CudaBackend], tuple[()]]:
+        return CudaBackend, ()
+
+    def describe(self) -> str:
+        """The devices, the compiler and where compiled kernels are kept."""
+        devices = []
+        for index in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(index)
+            devices.append(f"{torch.cuda.get_device_name(index)} (compute capability {major}.{minor})")
+        version = ".".join(map(str, nvrtc.nvrtc_version()))
+        return f"{', '.join(devices)}; NVRTC {version}, kernels kept in {nvrtc.cache_folder()}"
+
+    def check(self, config: MicroAdamConfig, device: torch.device) -> None:
+        """See `Backend.check`."""
+        if device.type != "cuda":
+            raise BackendUnavailableError(
+                f'backend="cuda" cannot update a parameter on {device}: move it to a GPU or use backend="auto".'
+            )
+        capability = torch.cuda.get_device_capability(device)
+        if capability < MIN_CAPABILITY:
+            raise BackendUnavailableError(
+                f'backend="cuda" needs compute capability 8.0 or newer; {torch.cuda.get_device_name(device)} has '
+                f'{capability[0]}.{capability[1]}. Use backend="reference".'
+            )
+        if config.ef_bits != 4:
+            raise ConfigError(f'ef_bits={config.ef_bits}: backend="cuda" has 4 only; backend="reference" has all.')
+
+    def step(self, tensors: Sequence[TensorStep], config: MicroAdamConfig, grad_scale: float) -> int | Tensor:
+        """See `Backend.step`."""
+        return self._step(tensors, config, grad_scale, None)
+
+    def step_on_device(
+        self, tensors: Sequence[TensorStep], config: MicroAdamConfig, inputs: DeviceInputs
+    ) -> int | Tensor:
+        """See `CapturableBackend.step_on_device`.
+
+        Tables are made in the first step with the same tensors; take one before the capture.
+        """
+        return self._step(tensors, config, 1.0, inputs)
+
+    def _step(
+        self, tensors: Sequence[TensorStep], config: MicroAdamConfig, grad_scale: float, inputs: DeviceInputs | None
+    ) -> int | Tensor:
+        if not tensors:
+            return 0
+        device = tensors[0].param.device
+        self.check(config, device)
+        grads = readable_grads(tensors)
+        with torch.cuda.device(device):
+            groups = group_by_kernel(tensors, grads)
+            plans = [self._plan([tensors[i].layout for i in members], device) for members in groups]
+            # The number of skipped blocks, then a flag for each run of each launch.
+            skipped = torch.zeros(1 + sum(plan.num_runs for plan in plans), dtype=torch.int32, device=device)
+            first_flag = 1
+            for members, plan in zip(groups, plans, strict=True):
+                flags = skipped[first_flag:]
+                first_flag += plan.num_runs
+                if plan.num_blocks:
+                    group, group_grads = [tensors[i] for i in members], [grads[i] for i in members]
+                    launch = fill_launch(plan, group, group_grads, self._weights(config, device), skipped, flags)
+                    self._launch(launch, plan, group, group_grads[0], config, grad_scale, inputs)
+        return skipped[0]
+
+    def _launch(
+        self,
+        launch: Launch,
+        plan: Plan,
+        tensors: Sequence[TensorStep],
+        first_grad: Tensor | None,
+        config: MicroAdamConfig,
+        grad_scale: float,
+        inputs: DeviceInputs | None,
+    ) -> None:
+        device = tensors[0].param.device
+        grad_dtype = None if first_grad is None else first_grad.dtype
+        macros = kernel_macros(plan, config, tensors[0].param.dtype, grad_dtype)
+        kernels = self._kernels(macros, device)
+        launch.scalars = host_scalars(tensors[0].step, config, grad_scale)
+        if inputs is not None:
+            launch.inputs = device_inputs(inputs, config, self._factors(config, device))
+            scalars = torch.empty(len(tensors) * SCALARS_BYTES, dtype=torch.uint8, device=device)
+            launch.device_scalars = scalars.data_ptr()
+            self._run(kernels["microadam_scalars"], -(-len(tensors) // 32), 32, launch)
+        self._run(kernels["microadam_step"], plan.num_blocks, plan.shape.threads, launch)
+
+    def _run(self, kernel: Any, num_blocks: int, num_threads: int, launch: Launch) -> None:
+        parameters = (ctypes.c_void_p * 1)(ctypes.addressof(launch))  # copied by the call
+        stream = torch.cuda.current_stream().cuda_stream
+        shape = (num_blocks, 1, 1, num_threads, 1, 1)
+        self._call(self._driver.cuLaunchKernel(kernel, *shape, 0, stream, ctypes.addressof(parameters), 0))
+
+    def _call(self, result: tuple[Any, ...]) -> Any:
+        """What a driver function returned beside its error code."""
+        error, *values = result
+        if error != self._driver.CUresult.CUDA_SUCCESS:
+            raise RuntimeError(f"the CUDA driver returned {error!r}")
+        return values[0] if values else None
+
+    # ---------------------------------------------------------------- what is made once
+
+    def _plan(self, layouts: Sequence[StateLayout], device: torch.device) -> Plan:
+        key = (device, *map(id, layouts))  # to hash layouts takes long
+        if key not in self._plans:
+            _refuse_capture()
+            if len(self._plans) == MAX_PLANS:
+                self._plans.pop(next(iter(self._plans)))
+            self._plans[key] = Plan(layouts, device)
+            for layout in layouts:
+                weakref.finalize(layout, self._plans.pop, key, None).atexit = False
+        plan = self._plans[key]
+        if torch.cuda.is_current_stream_capturing():
+            self._captured.add(plan)
+        return plan
+
+    def _weights(self, config: MicroAdamConfig, device: torch.device) -> Tensor:
+        return self._table((config.betas, config.window_size, device), lambda: window_weights(config, device))
+
+    def _factors(self, config: MicroAdamConfig, device: torch.device) -> Tensor:
+        return self._table((config.betas, device), lambda: step_factors(config, device))
+
+    def _table(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
+        if key not in self._tables:
+            _refuse_capture()
+            self._tables[key] = make()
+        return self._tables[key]
+
+    def _kernels(self, macros: Mapping[str, str | int], device: torch.device) -> dict[str, Any]:
+        key = (device, *macros.values())
+        if key not in self._compiled:
+            _refuse_capture()
+            major, minor = torch.cuda.get_device_capability(device)
+            module = self._call(self._driver.cuModuleLoadData(nvrtc.compile_kernel(macros, f"sm_{major}{minor}")))
+            self._compiled[key] = {
+                name: self._call(self._driver.cuModuleGetFunction(module, name.encode())) for name in KERNEL_NAMES
+            }
+        return self._compiled[key]
+
+
+def _refuse_capture() -> None:
+    """Copies to the device and new kernels cannot be part of a CUDA graph."""
+    if torch.cuda.is_current_stream_capturing():
+        raise BackendUnavailableError(
+            'backend="cuda": the first step with these tensors and settings compiles a kernel and fills tables. Take '
+            "at least one step before the CUDA graph is captured."
+        )

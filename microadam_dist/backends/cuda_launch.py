@@ -1,0 +1,299 @@
+"""What one launch of the CUDA kernel is given: ctypes mirrors of ``csrc/cuda/launch.cuh``, and how they are filled."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Iterable, Sequence
+from ctypes import Structure, c_double, c_float, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..config import MicroAdamConfig
+from ..errors import ConfigError
+from ..layout import BlockRun, Extent, StateLayout
+from ..scalars import StepScalars
+from .base import DeviceInputs, TensorStep
+
+MAX_TENSORS = 256  # so that a launch's parameters stay below 32 KiB
+RUN_SHIFT = 6  # runs are found by block number >> RUN_SHIFT
+VECTOR = 8  # elements a thread reads and writes at once
+DTYPES = {torch.float32: "Fp32", torch.bfloat16: "Bf16", torch.float16: "Fp16"}
+
+_FLOAT_SCALARS = (
+    *("lr", "eps", "decay", "grad_scale", "beta1", "beta2", "one_minus_beta1", "one_minus_beta2"),
+    *("m_factor", "v_factor", "m_correction", "v_correction"),
+)
+_STATE_NAMES = ("codes", "bucket_lo", "bucket_hi", "indices", "values", "exp_avg", "exp_avg_sq")
+
+
+class _Extent(Structure):
+    _fields_ = [("start", c_int64), ("row_stride", c_int64), ("size", c_int64)]
+
+
+class _Run(Structure):
+    _fields_ = [
+        *((name, c_int64) for name in ("first_block", "tensor", "numel", "num_kept", "cols", "is_aligned")),
+        *((name, _Extent) for name in ("elements", "codes", "buckets", "kept")),
+    ]
+
+
+class _Tensor(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("param", "grad", "param_copy", *_STATE_NAMES, "step")),
+        ("is_aligned", c_int64),
+    ]
+
+
+class _Scalars(Structure):
+    _fields_ = [
+        *((name, c_float) for name in _FLOAT_SCALARS),
+        *((name, c_int32) for name in ("num_weights", "newest_slot", "is_skipped")),
+    ]
+
+
+SCALARS_BYTES = ctypes.sizeof(_Scalars)
+
+
+class _DeviceInputs(Structure):
+    _fields_ = [
+        *((name, c_double) for name in ("lr", "weight_decay")),
+        *((name, c_void_p) for name in ("lr_fp32", "lr_fp64", "loss_scale", "found_inf", "factors")),
+        *((name, c_int64) for name in ("num_factors", "window_size")),
+    ]
+
+
+class Launch(Structure):
+    """The only parameter of the kernels."""
+
+    _fields_ = [
+        ("scalars", _Scalars),
+        ("device_scalars", c_void_p),
+        ("inputs", _DeviceInputs),
+        *((name, c_void_p) for name in ("m_weights", "v_weights", "runs", "first_runs", "num_skipped", "dense_flags")),
+        ("num_tensors", c_int64),
+        ("tensors", _Tensor * MAX_TENSORS),
+    ]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Threads of a thread block and chunks of `VECTOR` elements that each of them holds."""
+
+    threads: int
+    chunks: int
+
+    @property
+    def capacity(self) -> int:
+        """Elements of the longest Top-K block."""
+        return self.threads * self.chunks * VECTOR
+
+    @property
+    def min_blocks(self) -> int:
+        """Thread blocks that shall fit a multiprocessor at once: 1024 threads, fewer where they need more registers."""
+        return min(16, max(1, 1024 // (self.threads * max(1, self.chunks // 2))))
+
+    @classmethod
+    def for_blocks(cls, longest: int) -> Shape:
+        """The smallest shape that holds blocks of up to ``longest`` elements."""
+        return next(shape for shape in SHAPES if longest <= shape.capacity)
+
+
+# 512 threads can have 128 registers each, which hold the longest block without spilling.
+SHAPES = tuple(Shape(*pair) for pair in ((32, 1), (64, 1), (128, 1), (256, 1), (256, 2), (512, 2), (512, 4), (512, 8)))
+
+
+class Plan:
+    """What is the same in every launch for tensors of the same layouts.
+
+    Args:
+        layouts: Of the tensors of a launch, in their order.
+        device: Where the tables go.
+        shape: Instead of the one chosen for the longest block.
+
+    Attributes:
+        longest: Elements of the longest Top-K block; 1 if there is none.
+        shape: Of the thread blocks.
+        num_blocks: Thread blocks of a launch.
+        num_runs: Runs of Top-K blocks and of the dense path.
+        runs, first_runs: Tables on the device, as uint8; see ``launch.cuh``.
+    """
+
+    def __init__(self, layouts: Sequence[StateLayout], device: torch.device, shape: Shape | None = None) -> None:
+        self.longest = max((run.numel for layout in layouts for run in layout.runs), default=1)
+        self.shape = shape or Shape.for_blocks(self.longest)
+        runs: list[_Run] = []
+        self.num_blocks = 0
+        for index, layout in enumerate(layouts):
+            for run in layout.runs:
+                runs.append(_sparse_run(run, index, self.num_blocks))
+                self.num_blocks += run.num_blocks
+            for dense in layout.dense_runs:
+                start = _Extent(dense.start, 0, 0), _Extent(), _Extent(), _Extent(dense.state_start, 0, 0)
+                runs.append(_Run(self.num_blocks, index, dense.numel, 0, 0, 0, *start))
+                self.num_blocks += -(-dense.numel // self.shape.capacity)
+        self.num_runs = len(runs)
+        self.runs = _to_device((_Run * (len(runs) + 1))(*runs, _Run(self.num_blocks)), device)
+        self.first_runs = _to_device(_first_runs(runs, self.num_blocks), device)
+
+
+def _sparse_run(run: BlockRun, tensor: int, first_block: int) -> _Run:
+    def extent(e: Extent) -> _Extent:
+        return _Extent(e.start, e.row_stride, e.size)
+
+    is_aligned = run.elements.is_multiple_of(VECTOR) and run.codes.is_multiple_of(VECTOR // 2)
+    extents = map(extent, (run.elements, run.codes, run.buckets, run.kept))
+    cols = 0 if run.is_gapless else run.cols
+    return _Run(first_block, tensor, run.numel, run.num_kept, cols, is_aligned, *extents)
+
+
+def _first_runs(runs: Sequence[_Run], num_blocks: int) -> ctypes.Array[ctypes.c_uint32]:
+    """For every ``1 << RUN_SHIFT`` blocks the run that holds the first of them."""
+    found, current = [], 0
+    for block in range(0, num_blocks, 1 << RUN_SHIFT):
+        while current + 1 < len(runs) and runs[current + 1].first_block <= block:
+            current += 1
+        found.append(current)
+    return (ctypes.c_uint32 * len(found))(*found)
+
+
+def _to_device(table: ctypes.Array[_Run] | ctypes.Array[ctypes.c_uint32], device: torch.device) -> Tensor:
+    return torch.frombuffer(bytearray(table), dtype=torch.uint8).to(device) if len(table) else torch.empty(0)
+
+
+def kernel_macros(
+    plan: Plan, config: MicroAdamConfig, param: torch.dtype, grad: torch.dtype | None
+) -> dict[str, str | int]:
+    """What ``microadam.cu`` is compiled for; without gradients it updates the weights alone."""
+    return {
+        "PARAM": DTYPES[param],
+        "GRAD": DTYPES[grad or param],
+        "REPLAY": int(grad is None),
+        "THREADS": plan.shape.threads,
+        "CHUNKS": plan.shape.chunks,
+        "MIN_BLOCKS": plan.shape.min_blocks,
+        "WINDOW_SIZE": config.window_size,
+        "BUCKET_SIZE": config.bucket_size,
+        "MAX_KEPT": config.num_kept(plan.longest),
+        "MAX_TENSORS": MAX_TENSORS,
+    }
+
+
+def window_weights(config: MicroAdamConfig, device: torch.device) -> Tensor:
+    """b1^r and b2^r by age r, (2, window_size) fp32."""
+    scalars = StepScalars.at(config.window_size - 1, config, 1.0)
+    return torch.tensor([scalars.m_weights, scalars.v_weights], dtype=torch.float32).to(device)
+
+
+def step_factors(config: MicroAdamConfig, device: torch.device) -> Tensor:
+    """m_factor, v_factor, m_correction and v_correction by step, (num_steps, 4) fp32; the last row holds on.
+
+    Powers are computed here because those of a GPU have other last bits.
+    """
+    # From where 1 - beta^t is 1 in float64 nothing changes any more.
+    num_steps = max(1 if beta == 0 else math.ceil(-54 * math.log(2) / math.log(beta)) for beta in config.betas)
+    beta1, beta2 = config.betas
+    rows = []
+    for t in range(1, num_steps + 1):
+        m, v = 1 - beta1**t, 1 - beta2**t
+        rows.append(((1 - beta1) / m, (1 - beta2) / v, 1 / m, 1 / v))
+    return torch.tensor(rows, dtype=torch.float64).float().to(device)
+
+
+def fill_launch(
+    plan: Plan,
+    tensors: Sequence[TensorStep],
+    grads: Sequence[Tensor | None],
+    weights: Tensor,
+    num_skipped: Tensor,
+    dense_flags: Tensor,
+) -> Launch:
+    """Everything but the scalars.
+
+    Args:
+        plan: Of the layouts of ``tensors``.
+        tensors: At most `MAX_TENSORS`.
+        grads: Their gradients, fp32, bf16 or fp16; None for all of them where only the weights are updated.
+        weights: See `window_weights`.
+        num_skipped: int32; the number of skipped blocks is added to its first element.
+        dense_flags: int32, zeros, one for each run of the plan.
+    """
+    launch = Launch(
+        m_weights=weights[0].data_ptr(),
+        v_weights=weights[1].data_ptr(),
+        runs=plan.runs.data_ptr(),
+        first_runs=plan.first_runs.data_ptr(),
+        num_skipped=num_skipped.data_ptr(),
+        dense_flags=dense_flags.data_ptr(),
+        num_tensors=len(tensors),
+    )
+    for i, (tensor, grad) in enumerate(zip(tensors, grads, strict=True)):
+        launch.tensors[i] = _tensor_row(tensor, grad)
+    return launch
+
+
+def _tensor_row(tensor: TensorStep, grad: Tensor | None) -> _Tensor:
+    copy, state = tensor.param_copy, tensor.state
+    counter = 0 if tensor.counter is None else tensor.counter.data_ptr()
+    accessed = [0 if x is None else x.data_ptr() for x in (tensor.param, grad, copy)]
+    state_pointers = [state[name].data_ptr() if name in state else 0 for name in _STATE_NAMES]
+    is_aligned = all(pointer % 16 == 0 for pointer in (*accessed, *state_pointers))
+    return _Tensor(*accessed, *state_pointers, counter, is_aligned)
+
+
+def host_scalars(step: int, config: MicroAdamConfig, grad_scale: float) -> _Scalars:
+    """The scalars of the update that follows ``step`` finished ones."""
+    scalars = StepScalars.at(step, config, grad_scale)
+    values = (getattr(scalars, name) for name in _FLOAT_SCALARS)
+    return _Scalars(*values, len(scalars.m_weights), step % config.window_size, 0)
+
+
+def device_inputs(inputs: DeviceInputs, config: MicroAdamConfig, factors: Tensor) -> _DeviceInputs:
+    """What the scalars of a step are computed from on the device.
+
+    Args:
+        inputs: Numbers that lie there.
+        config: Gives what does not.
+        factors: See `step_factors`.
+
+    Raises:
+        ConfigError: The learning rate has another dtype than fp32 or float64.
+    """
+    lr = {None if inputs.lr is None else inputs.lr.dtype: inputs.lr}
+    if not lr.keys() <= {None, torch.float32, torch.float64}:
+        raise ConfigError(f"the learning rate is a tensor of {next(iter(lr))}: expected fp32 or float64.")
+
+    def pointer(tensor: Tensor | None) -> int:
+        return 0 if tensor is None else tensor.data_ptr()
+
+    return _DeviceInputs(
+        config.lr,
+        config.weight_decay,
+        pointer(lr.get(torch.float32)),
+        pointer(lr.get(torch.float64)),
+        pointer(inputs.loss_scale),
+        pointer(inputs.found_inf),
+        factors.data_ptr(),
+        len(factors),
+        config.window_size,
+    )
+
+
+def readable_grads(tensors: Iterable[TensorStep]) -> list[Tensor | None]:
+    """The gradients in a dtype the kernel reads."""
+    grads = [tensor.grad for tensor in tensors]
+    return [grad if grad is None or grad.dtype in DTYPES else grad.float() for grad in grads]
+
+
+def group_by_kernel(tensors: Iterable[TensorStep], grads: Iterable[Tensor | None]) -> list[list[int]]:
+    """Positions of the tensors that one launch can update: of the same dtypes and step, at most `MAX_TENSORS`."""
+    groups: dict[tuple[torch.dtype, torch.dtype | None, int], list[int]] = {}
+    for i, (tensor, grad) in enumerate(zip(tensors, grads, strict=True)):
+        groups.setdefault((tensor.param.dtype, None if grad is None else grad.dtype, tensor.step), []).append(i)
+    return [
+        members[first : first + MAX_TENSORS]
+        for members in groups.values()
+        for first in range(0, len(members), MAX_TENSORS)
+    ]

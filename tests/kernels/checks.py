@@ -1,0 +1,103 @@
+"""A fused backend against the reference backend: every bit of parameters and state, after each step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from microadam_dist.backends.base import Backend, TensorStep
+from microadam_dist.backends.reference import ReferenceBackend
+from microadam_dist.config import MicroAdamConfig
+from microadam_dist.layout import ShardSpan, StateLayout
+from microadam_dist.state import allocate_state
+
+from .cases import BF16, FP16, FP32, Case, Snapshot, nonfinite, run_case
+
+_references: dict[tuple[str, int], list[Snapshot]] = {}
+
+
+def reference(case: Case) -> list[Snapshot]:
+    key = case.name, case.padding
+    if key not in _references:
+        _references[key] = run_case(case, ReferenceBackend())
+    return _references[key]
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal to the bit, except that any NaN equals any NaN."""
+    numbers = torch.where(a.isnan(), 0, a), torch.where(b.isnan(), 0, b)
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(*(x.view(torch.uint8) for x in numbers))
+
+
+def assert_same_bits(case: Case, backend: Backend, device: str = "cpu") -> None:
+    """Run a case on ``device`` and compare it with the reference backend on the CPU."""
+    for step, (expected, actual) in enumerate(zip(reference(case), run_case(case, backend, device), strict=True)):
+        assert actual.num_nonfinite == expected.num_nonfinite, f"step {step}"
+        assert same_bits(actual.param, expected.param), f"param, step {step}"
+        for name, tensor in expected.state.items():
+            assert same_bits(actual.state[name], tensor), f"{name}, step {step}"
+
+
+def assert_same_every_16_bit_weight(
+    backend: Backend, shape: tuple[int, ...], dtype: torch.dtype, decay: float, device: str = "cpu"
+) -> None:
+    """All 2**16 weights and gradients, NaN and subnormal ones among them.
+
+    A kernel may leave weights alone that decay cannot change, which depends on 1 - lr * weight_decay.
+    """
+    config = MicroAdamConfig(lr=2.0**-7, weight_decay=decay * 2.0**7, block_size=64)
+    layout = StateLayout((ShardSpan("all", shape, 0, 2**16),), config)
+    weights = torch.arange(2**16, dtype=torch.int32).short().view(dtype)
+    results = []
+    for run, place in ((ReferenceBackend(), "cpu"), (backend, device)):
+        param = weights.to(place, copy=True)
+        state = allocate_state(layout, param.device)
+        for step, grad in enumerate((weights.flip(0), torch.zeros_like(weights))):
+            run.step([TensorStep(param, grad.to(place), state, layout, step)], config, 2.0**-20)
+        results.append([param, *state.values()])
+    assert all(same_bits(expected, actual.cpu()) for expected, actual in zip(*results, strict=True))
+
+
+def _train_many_tensors(backend: Backend, num_calls: int, one_by_one: bool, device: str) -> list[Tensor]:
+    config = MicroAdamConfig(lr=1e-2, block_size=256, window_size=3)
+    generator = torch.Generator().manual_seed(0)
+    tensors: list[TensorStep] = []
+    for i in range(40):
+        shape = ((i + 1, 300), (i + 7,), (70, 64 + i))[i % 3]
+        layout = StateLayout((ShardSpan(str(i), shape, 0, math.prod(shape)),), config)
+        param = torch.randn(math.prod(shape), generator=generator).to((FP32, BF16, FP16)[i % 3]).to(device)
+        tensors.append(TensorStep(param, param, allocate_state(layout, param.device), layout, 0))
+    for call in range(num_calls):
+        now = []
+        for i, t in enumerate(tensors):
+            grad = torch.randn(t.param.shape, generator=generator).to(device)
+            now.append(TensorStep(t.param, grad, t.state, t.layout, call + i % 2))
+        for members in [[t] for t in now] if one_by_one else [now]:
+            backend.step(members, config, 1.0)
+    return [tensor.cpu() for t in tensors for tensor in (t.param, *t.state.values())]
+
+
+def assert_same_for_many_tensors(backend: Backend, device: str = "cpu") -> None:
+    """One call for tensors of several dtypes, shapes and steps, against one call for each of them."""
+    expected = _train_many_tensors(ReferenceBackend(), num_calls=4, one_by_one=True, device="cpu")
+    actual = _train_many_tensors(backend, num_calls=4, one_by_one=False, device=device)
+    assert all(same_bits(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def assert_copy_is_rounded_weights(backend: Backend, dtype: torch.dtype, device: str = "cpu") -> None:
+    """The second output holds the rounded weights where there are spans, and is not touched elsewhere."""
+    config = MicroAdamConfig(lr=1e-2, block_size=256)
+    spans = ShardSpan("a", (64, 100), 30, 5000, 3), ShardSpan("b", (77,), 0, 77, 5010)
+    layout = StateLayout(spans, config)
+    param, out = torch.randn(5100).to(device, dtype), torch.zeros(5100, dtype=BF16, device=device)
+    state = allocate_state(layout, param.device)
+    for step in range(3):
+        grad = nonfinite(torch.Generator().manual_seed(step), 5100, step).to(device)
+        backend.step([TensorStep(param, grad, state, layout, step, out)], config, 1.0)
+        for span in spans:
+            span_slice = slice(span.offset, span.offset + span.numel)
+            assert torch.equal(out[span_slice], param[span_slice].bfloat16())
+    outside = torch.cat([out[:3], out[5003:5010], out[5087:]])
+    assert not outside.any()

@@ -1,0 +1,189 @@
+"""NVRTC compiles the kernels for every architecture, without a GPU; the cache on disk; what happens without them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from microadam_dist.backends import nvrtc
+from microadam_dist.backends.base import AutoBackend, select_backend
+from microadam_dist.backends.cuda_launch import SHAPES, Plan, Shape, kernel_macros
+from microadam_dist.config import MicroAdamConfig
+from microadam_dist.errors import BackendUnavailableError
+from microadam_dist.layout import ShardSpan, StateLayout
+
+from .cases import BF16, FP16, FP32
+
+try:
+    nvrtc.nvrtc_version()
+except BackendUnavailableError as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+PAPER, MORE_KEPT, NO_WINDOW = ((10, 0.01), (2, 0.05), (1, 0.1))
+
+
+def macros(
+    shape: Shape,
+    setting: tuple[int, float] = PAPER,
+    dtypes: tuple[torch.dtype, torch.dtype] = (BF16, BF16),
+    bucket_size: int = 64,
+) -> dict[str, str | int]:
+    """For blocks that fill the shape."""
+    numel = shape.capacity
+    config = MicroAdamConfig(window_size=setting[0], density=setting[1], block_size=numel, bucket_size=bucket_size)
+    plan = Plan([StateLayout((ShardSpan("w", (64, numel), 0, 64 * numel),), config)], torch.device("cpu"))
+    assert plan.shape == shape
+    return kernel_macros(plan, config, *dtypes)
+
+
+DEFAULT = Shape.for_blocks(4096)
+COMPILED = [
+    *((arch, macros(DEFAULT)) for arch in ARCHS),
+    ("sm_90", macros(DEFAULT, MORE_KEPT)),
+    *(("sm_90", macros(shape)) for shape in SHAPES if shape != DEFAULT),
+    *(("sm_90", macros(DEFAULT, NO_WINDOW, dtypes)) for dtypes in ((FP32, FP32), (FP16, BF16), (BF16, BF16))),
+    ("sm_90", {**macros(DEFAULT), "REPLAY": 1}),
+    ("sm_90", macros(DEFAULT, (20, 1.0))),
+    ("sm_90", macros(DEFAULT, bucket_size=96)),  # buckets that fit no warp take the long way
+]
+
+
+def resources(log: str) -> dict[str, tuple[int, int]]:
+    """Kernel -> registers of a thread and bytes it spills, from what the assembler prints."""
+    found = {}
+    for part in log.split("Compiling entry function '")[1:]:
+        registers = re.search(r"Used (\d+) registers", part)
+        spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", part)
+        assert registers and spills
+        found[part.partition("'")[0]] = int(registers[1]), int(spills[1]) + int(spills[2])
+    return found
+
+
+def _name(value: str | dict[str, str | int]) -> str:
+    return value if isinstance(value, str) else "-".join(map(str, value.values()))
+
+
+def _name(value: str | dict[str, str | int]) -> str:
+    return value if isinstance(value, str) else "-".join(map(str, value.values()))
+
+
+@pytest.mark.parametrize(("arch", "macros"), COMPILED, ids=_name)
+def test_fits_the_registers(arch: str, macros: dict[str, str | int]) -> None:
+    _, log = nvrtc.compile_verbosely(macros, arch)
+    assert "warning" not in log
+    used = resources(log)
+    assert used.keys() == {"microadam_step", "microadam_scalars"}
+    registers, spilled = used["microadam_step"]
+    assert spilled <= (0 if macros["BUCKET_SIZE"] == 64 else 128)
+    assert registers * int(macros["THREADS"]) * int(macros["MIN_BLOCKS"]) <= 65536
+    assert registers <= {1: 64, 2: 64, 4: 96, 8: 128}[int(macros["CHUNKS"])]
+
+
+# ---------------------------------------------------------------- the cache
+
+
+def test_a_kernel_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MICROADAM_CACHE_DIR", str(tmp_path / "new" / "folder"))
+    small = macros(SHAPES[0])
+    cubin = nvrtc.compile_kernel(small, "sm_90")
+    assert cubin.startswith(b"\x7fELF")
+    (file,) = (tmp_path / "new" / "folder").iterdir()
+    file.write_bytes(b"from the cache")
+    assert nvrtc.compile_kernel(small, "sm_90") == b"from the cache"
+    assert nvrtc.compile_kernel(small, "sm_80").startswith(b"\x7fELF")  # another architecture
+    assert nvrtc.compile_kernel({**small, "BUCKET_SIZE": 32}, "sm_90").startswith(b"\x7fELF")  # other settings
+    assert len(list(file.parent.iterdir())) == 3
+
+
+def test_other_sources_have_another_hash(tmp_path: Path) -> None:
+    for name in ("a.cuh", "microadam.cu"):
+        (tmp_path / name).write_text("1")
+    before = nvrtc.source_hash(tmp_path)
+    (tmp_path / "a.cuh").write_text("2")
+    nvrtc.source_hash.cache_clear()
+    assert nvrtc.source_hash(tmp_path) != before
+
+
+COMPILE = """
+import sys
+from microadam_dist.backends import nvrtc
+sys.stdin.readline()  # all begin at once
+sys.stdout.buffer.write(nvrtc.compile_kernel(eval(sys.argv[1]), "sm_90"))
+"""
+
+
+def test_processes_compile_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ranks do at their first step: each gets the whole kernel, and one complete file stays."""
+    monkeypatch.setenv("MICROADAM_CACHE_DIR", str(tmp_path))
+    command = [sys.executable, "-c", COMPILE, repr(macros(SHAPES[0]))]
+    pipe = subprocess.PIPE
+    ranks = [subprocess.Popen(command, stdin=pipe, stdout=pipe, cwd=Path(__file__).parents[2]) for _ in range(3)]
+    for rank in ranks:
+        assert rank.stdin is not None
+        rank.stdin.write(b"\n")
+        rank.stdin.flush()
+    cubins = [rank.communicate()[0] for rank in ranks]
+    (file,) = tmp_path.iterdir()
+    assert all(cubin.startswith(b"\x7fELF") for cubin in cubins)
+    assert file.read_bytes() in cubins
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MICROADAM_CACHE_DIR", str(tmp_path / "file" / "folder"))
+    with pytest.warns(UserWarning, match="MICROADAM_CACHE_DIR"):
+        assert nvrtc.compile_kernel(macros(SHAPES[0]), "sm_90").startswith(b"\x7fELF")
+
+
+def test_the_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MICROADAM_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert nvrtc.cache_folder() == Path("/somewhere/microadam_dist")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/home/me")
+    assert nvrtc.cache_folder() == Path("/home/me/.cache/microadam_dist")
+
+
+# ---------------------------------------------------------------- what is missing is named
+
+
+def test_an_unknown_architecture() -> None:
+    with pytest.raises(BackendUnavailableError, match=r"NVRTC \d+\.\d+ cannot compile the kernel for sm_10"):
+        nvrtc.compile_verbosely(macros(SHAPES[0]), "sm_10")
+
+
+WITHOUT_CUDA_CORE = """
+import sys
+sys.modules["cuda.core"] = None
+from microadam_dist.backends import nvrtc
+from microadam_dist.errors import BackendUnavailableError
+try:
+    nvrtc.nvrtc_version()
+except BackendUnavailableError as error:
+    print(error)
+"""
+
+
+def test_cuda_core_is_missing() -> None:
+    run = subprocess.run([sys.executable, "-c", WITHOUT_CUDA_CORE], capture_output=True, text=True, check=True)
+    assert re.search(r"NVRTC.*cannot be used.*pip install 'cuda-core\[cu\d\d\]'", run.stdout), run.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_there_is_no_gpu() -> None:
+    with pytest.raises(BackendUnavailableError, match='torch sees no CUDA device.*backend="auto"'):
+        select_backend("cuda")
+    auto = AutoBackend()
+    with pytest.warns(UserWarning, match="slow reference backend on cuda:0.*torch sees no CUDA device"):
+        assert auto.choose(MicroAdamConfig(), torch.device("cuda", 0)).name == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once is enough
+        assert auto.choose(MicroAdamConfig(), torch.device("cuda", 0)).name == "reference"
+    assert "no CUDA device" in auto.unavailable["cuda"]

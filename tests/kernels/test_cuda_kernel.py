@@ -1,0 +1,164 @@
+"""The CUDA kernel against the reference backend, without a GPU: its own source under a harness of fibers."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from microadam_dist.backends.base import DeviceInputs, TensorStep
+from microadam_dist.backends.cuda_launch import SHAPES, step_factors
+from microadam_dist.backends.reference import ReferenceBackend
+from microadam_dist.config import MAX_BLOCK_SIZE, MicroAdamConfig
+from microadam_dist.layout import ShardSpan, StateLayout
+from microadam_dist.scalars import StepScalars
+from microadam_dist.state import allocate_state
+
+from .cases import BF16, FP16, FP32, KERNEL_CASES, Case, is_replayed, replay_case
+from .checks import (
+    assert_copy_is_rounded_weights,
+    assert_same_bits,
+    assert_same_every_16_bit_weight,
+    assert_same_for_many_tensors,
+    same_bits,
+)
+from .cuda_harness import COMPILER, SOURCES, HarnessBackend
+
+if COMPILER is None:
+    pytest.skip("no C++ compiler for the harness", allow_module_level=True)
+
+_BY_NAME = {case.name: case for case in KERNEL_CASES}
+
+
+@pytest.mark.parametrize("case", KERNEL_CASES, ids=str)
+def test_bit_identical_to_the_reference(case: Case) -> None:
+    assert_same_bits(case, HarnessBackend())
+    vectors = replace(case, padding=16)  # the spans begin where vectors can be read
+    assert_same_bits(vectors, HarnessBackend(reverse=True))
+    assert_same_bits(vectors, HarnessBackend(threads=32))  # more chunks a thread
+
+
+def test_weights_follow_from_the_window() -> None:
+    for case in filter(is_replayed, KERNEL_CASES):
+        replay_case(case, HarnessBackend())
+        replay_case(replace(case, padding=16), HarnessBackend(threads=32))
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize(("shape", "decay"), [((2**16,), 0.21), ((64, 2**10), 0.0), ((64, 2**10), 0.21)], ids=str)
+def test_every_16_bit_weight(shape: tuple[int, ...], dtype: torch.dtype, decay: float) -> None:
+    assert_same_every_16_bit_weight(HarnessBackend(), shape, dtype, decay)
+
+
+def test_one_call_for_many_tensors() -> None:
+    assert_same_for_many_tensors(HarnessBackend())
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
+def test_copy_of_the_weights(dtype: torch.dtype) -> None:
+    assert_copy_is_rounded_weights(HarnessBackend(), dtype)
+
+
+def test_every_block_size_has_a_shape() -> None:
+    assert SHAPES[-1].capacity == MAX_BLOCK_SIZE
+    assert sorted(SHAPES, key=lambda shape: shape.capacity) == list(SHAPES)
+
+
+# ---------------------------------------------------------------- numbers that lie on the device
+
+
+@pytest.mark.parametrize("lr_dtype", [None, torch.float32, torch.float64], ids=str)
+def test_scalars_computed_on_the_device(lr_dtype: torch.dtype | None) -> None:
+    """A step with everything read where the tensors lie, against one with the same numbers from the host."""
+    layouts = [
+        StateLayout((ShardSpan("a", (40, 300), 0, 12000),), MicroAdamConfig(window_size=3, block_size=256)),
+        StateLayout((ShardSpan("b", (50,), 0, 50),), MicroAdamConfig(window_size=3, block_size=256)),
+    ]
+    params = [torch.randn(layout.spans[0].numel, dtype=FP32) for layout in layouts]
+    twins = [param.clone() for param in params]
+    states = [[allocate_state(layout, params[0].device) for layout in layouts] for _ in range(2)]
+    counters = [torch.tensor(0), torch.tensor(7)]
+    steps = [0, 7]
+    for call in range(9):
+        grads = [torch.randn_like(param) for param in params]
+        lr = torch.tensor(1e-2 / (call + 1), dtype=lr_dtype or torch.float64)
+        config = MicroAdamConfig(lr=float(lr), weight_decay=0.1, window_size=3, block_size=256)
+        found_inf, scale = torch.tensor(float(call == 4)), torch.tensor(3.0 + call)
+        if call != 4:
+            for tensor in zip(twins, grads, states[0], layouts, steps, strict=True):
+                ReferenceBackend().step([TensorStep(*tensor)], config, 1.0 / float(scale))
+            steps = [step + 1 for step in steps]
+        inputs = DeviceInputs(None if lr_dtype is None else lr, scale, found_inf)
+        given = config if lr_dtype is None else replace(config, lr=0.5)
+        rows = zip(params, grads, states[1], layouts, counters, strict=True)
+        HarnessBackend().step_on_device([TensorStep(*row[:4], step=0, counter=row[4]) for row in rows], given, inputs)
+        assert [int(counter) for counter in counters] == steps
+        assert all(map(same_bits, params, twins))
+        for expected, actual in zip(*states, strict=True):
+            assert all(same_bits(actual[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.95), (0.0, 0.0)])
+def test_step_factors_hold_for_ever(betas: tuple[float, float]) -> None:
+    config = MicroAdamConfig(betas=betas)
+    factors = step_factors(config, torch.device("cpu"))
+    last = len(factors) - 1
+    for step in (0, 1, 9, last // 2, last, last + 1, 10 * last + 1000):
+        expected = StepScalars.at(step, config, 1.0)
+        names = ("m_factor", "v_factor", "m_correction", "v_correction")
+        assert factors[min(step, last)].tolist() == [getattr(expected, name) for name in names]
+
+
+# ---------------------------------------------------------------- the tests see mistakes
+
+MISTAKES = {
+    "ties to the highest index": (
+        "topk.cuh",
+        "kept[c].mask |= lowest_bits(ties[c], threshold.num_ties - ties_before);",
+        "kept[c].mask |= __brev(lowest_bits(__brev(ties[c]), threshold.num_ties - ties_before));",
+    ),
+    "a kept element is not cleared": ("window.cuh", "? 0.f : a[j];", "? a[j] : a[j];"),
+    "the bound of a key rounds ties to even wrongly": ("topk.cuh", "0x8000u + (key & 1u)", "0x7fffu - (key & 1u)"),
+    "slots are summed from the newest": (
+        "window.cuh",
+        "int age = s.scalars.num_weights - 1; age >= (kReplays ? 0 : 1); --age",
+        "int age = 1; age < s.scalars.num_weights; ++age",
+    ),
+    "no barrier between slots": ("window.cuh", "sync_first_threads(num_threads);", ";"),
+    "no barrier before the weights are updated": (
+        "block_step.cuh",
+        "a[c]);\n    update_slots(c, s);\n    __syncthreads();",
+        "a[c]);\n    update_slots(c, s);",
+    ),
+    "the code is not clipped from below": ("error_feedback.cuh", "fmaxf(scaled, 0.f)", "scaled"),
+    "the last bucket reads beyond the block": (
+        "error_feedback.cuh",
+        "kAligned ? count > 0 : j < count",
+        "kAligned || j < count",
+    ),
+    "an element is updated once for every slot": ("window.cuh", "if (v >= 0.f)", "if (true)"),
+    "an empty slot keeps old values": ("window.cuh", "in_global(s.block.values)[slot + i].bits = 0;", ""),
+}
+_WATCHED = ["normal", "ties", "nonfinite", "shifted", "most-kept", "bfloat16-bfloat16", "row-1000"]
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_caught(mistake: str, tmp_path: Path) -> None:
+    """Each of them, planted in the source, makes a case fail."""
+    file, right, wrong = MISTAKES[mistake]
+    sources = tmp_path / "cuda"
+    shutil.copytree(SOURCES, sources)
+    text = (sources / file).read_text()
+    assert text.count(right) == 1
+    (sources / file).write_text(text.replace(right, wrong))
+    for name in _WATCHED:
+        for padding in (7, 16):
+            for reverse in (False, True):
+                try:
+                    assert_same_bits(replace(_BY_NAME[name], padding=padding), HarnessBackend(reverse, sources=sources))
+                except AssertionError:
+                    return
+    pytest.fail("no case noticed")
