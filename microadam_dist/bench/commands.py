@@ -24,7 +24,7 @@ from rich.table import Table
 from ..backends.cpu import CpuBackend
 from ..diagnostics.environment import versions
 from ..errors import BackendUnavailableError, ConfigError, MicroAdamError
-from .contenders import BASELINE, Comparison, make_contenders
+from .contenders import BASELINE, Comparison, free_bytes, make_contenders, needed_bytes
 from .measure import Row, describe, measure, num_steps
 from .plot import plot
 from .workload import Workload, parse_dtype, parse_model, parse_numel, parse_setting
@@ -72,7 +72,9 @@ def step(
         if plot_file and find_spec("matplotlib") is None:
             raise ConfigError("--plot needs matplotlib: pip install 'microadam-dist[bench]'.")
         comparison = Comparison(_usable(device), configs, _usable_isas(isa, device), reference, deepspeed)
-        rows, missing = _run(list(product(workloads, dtypes.items())), comparison, repeats)
+        cases = list(product(workloads, dtypes.items()))
+        _require_memory(cases, comparison)
+        rows, missing = _run(cases, comparison, repeats)
     except MicroAdamError as error:
         console.print(f"[red]error:[/] {error}", highlight=False)
         raise typer.Exit(1) from None
@@ -111,6 +113,17 @@ def _usable_isas(text: str, device: Device) -> tuple[str, ...]:
     for name in isas:
         CpuBackend(name)  # raises if this machine does not have it
     return isas
+
+
+def _require_memory(cases: Sequence[tuple[Workload, tuple[str, torch.dtype]]], comparison: Comparison) -> None:
+    free = free_bytes(comparison.device)
+    for workload, (name, dtype) in cases:
+        needed = needed_bytes(workload, dtype, comparison)
+        if needed > free:
+            raise ConfigError(
+                f"{workload.name} {name}: the optimizers together need more than {needed / 1e9:.1f} GB, "
+                f"{free / 1e9:.1f} GB are free on {comparison.device}. Choose smaller sizes or fewer --settings."
+            )
 
 
 def _run(

@@ -64,6 +64,19 @@ class Comparison:
     deepspeed: bool = False
 
 
+def needed_bytes(workload: Workload, dtype: torch.dtype, comparison: Comparison) -> int:
+    """What `make_contenders` and their first step allocate at least."""
+    numbers = 3 + 2 + 2  # weights, gradients and the copy; the moments of AdamW, fused and foreach
+    return workload.numel * (numbers * dtype.itemsize + len(comparison.configs) * len(comparison.isas or (None,)))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free there."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def make_contenders(
     workload: Workload, dtype: torch.dtype, comparison: Comparison
 ) -> tuple[list[Contender], dict[str, str]]:
