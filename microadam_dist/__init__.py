@@ -10,7 +10,8 @@ from .errors import (
     UnsupportedLayoutError,
 )
 from .gradient_release import GradientRelease, release_gradients
-from .optimizer import MicroAdam, StateBytes
+from .optimizer import MicroAdam
+from .sharded_optimizer import StateBytes
 from .sharded_state import load_sharded, save_sharded
 
 __version__ = "0.1.0"
