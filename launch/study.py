@@ -24,7 +24,7 @@ from rich.table import Table
 from settings import UserError
 from studies.config import Run, Study, cell_key, load_study
 from studies.optimizers import why_unavailable
-from studies.results import Cell, Results, Row, next_runs, summarize
+from studies.results import Cell, Results, Row, next_runs, summarize, without_failures
 from studies.tasks import prepare_data, pretrain
 from studies.training import train
 from studies.workers import Failure, Job, Workers
@@ -79,6 +79,9 @@ class StudyRunner:
         cells = [cell for cell in self.cells if fnmatch(f"{cell.task}/{cell.optimizer}", only)]
         if not cells:
             raise UserError(f"--only '{only}' matches none of TASK/OPTIMIZER, such as '{'/'.join(self.cells[0][:2])}'")
+        cells = [cell for cell in cells if next_runs(self.study, cell, without_failures(self.results.of(cell)))]
+        if not cells:
+            return
         with Workers(num_workers, self.output / "compiled") as workers, _progress() as progress:
             self._prepare(workers, progress, cells)
             cells = [cell for cell in cells if cell.optimizer not in self.unavailable]
@@ -171,7 +174,7 @@ class Schedule:
     def _records(self, cell: Cell) -> dict[tuple[float, int], Any]:
         """What has been run; a failure of an earlier time is tried again."""
         records = self.runner.results.of(cell)
-        return records if cell in self.failed else {key: r for key, r in records.items() if "error" not in r}
+        return records if cell in self.failed else without_failures(records)
 
     def _waiting(self) -> list[tuple[Cell, Run]]:
         runs = []
@@ -208,13 +211,14 @@ def _progress() -> Progress:
 
 def _table(name: str, rows: list[Row], baseline: float | None) -> Table:
     table = Table(title=name, title_justify="left")
-    for heading in ("optimizer", "B/param", "lr", "validation", "test", "range", "against baseline", "note"):
-        table.add_column(heading, justify="left" if heading in ("optimizer", "note") else "right")
+    table.add_column("optimizer", no_wrap=True)
+    for heading in ("B/param", "lr", "validation", "test", "against baseline"):
+        table.add_column(heading, justify="right")
+    table.add_column("note")
     for row in rows:
-        cells = [""] * 6
+        cells = [""] * 5
         if row.first:
             cells = [f"{row.bytes_per_param:.3f}", f"{row.lr:.2g}", f"{row.rates[row.lr]:.4f}", f"{row.mean_test:.4f}"]
-            cells += [f"{min(row.test):.4f} - {max(row.test):.4f}"]
             cells += ["" if baseline is None else f"{row.mean_test - baseline:+.4f}"]
         table.add_row(row.optimizer, *cells, row.note)
     return table

@@ -58,6 +58,11 @@ class Results:
         return self._records.get(cell.key, {})
 
 
+def without_failures(records: dict[tuple[float, int], Record]) -> dict[tuple[float, int], Record]:
+    """Only runs that came to their end."""
+    return {key: record for key, record in records.items() if "error" not in record}
+
+
 def validation_losses(records: dict[tuple[float, int], Record]) -> dict[float, float]:
     """Learning rate -> validation loss with seed 0, ascending; infinite where the run diverged or failed."""
     first = sorted((lr, record) for (lr, seed), record in records.items() if seed == 0)
