@@ -44,16 +44,25 @@ def main(
     # As Ctrl-C: the workers are ended on the way out.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        runner = StudyRunner(load_study(config, quick=quick), output)
-        if not report_only:
-            runner.run(jobs, only)
-        runner.report()
+        run_study(config, output, num_workers=0 if report_only else jobs, only=only, quick=quick)
     except UserError as error:
         console.print(f"[bold red]Error:[/] {error}", highlight=False)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         console.print("Interrupted. The same command goes on from here.")
         raise typer.Exit(130) from None
+
+
+def run_study(config: Path, output: Path, *, num_workers: int, only: str = "*", quick: bool = False) -> None:
+    """Run what is missing, unless there are no workers, and write the report.
+
+    Raises:
+        UserError: The file is no study, or the data cannot be read.
+    """
+    runner = StudyRunner(load_study(config, quick=quick), output)
+    if num_workers:
+        runner.run(num_workers, only)
+    runner.report()
 
 
 class StudyRunner:
