@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,8 +66,21 @@ def _task_section(study: Study, name: str, rows: Sequence[Row], data_sha256: str
         "baseline": baseline_loss(study, rows),
         "has_accuracy": isinstance(task, DigitsTask),
         "images": images,
+        "growth": [_growth(row) for row in rows if row.first and row.first["trace"]],
         "data_sha256": data_sha256,
     }
+
+
+def _growth(row: Row) -> dict[str, Any]:
+    """How the traced numbers of a run are in its second and in its last tenth: the first one still fills the window."""
+    trace = row.first["trace"]
+    tenth = max(1, len(trace) // 10)
+    numbers: dict[str, Any] = {"optimizer": row.optimizer}
+    for name in ("error_norm", "grad_norm", "state_bytes"):
+        values = [point[name] for point in trace]
+        early, late = values[tenth : 2 * tenth] or values, values[-tenth:]
+        numbers[name] = [statistics.fmean(early), statistics.fmean(late), max(values)]
+    return numbers
 
 
 def _describe(task: Task, rows: Sequence[Row]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from data import IGNORED, byte_tokenizer, pack, read_documents
+from data import IGNORED, Document, byte_tokenizer, pack, read_documents
 from settings import UserError
 from texts import python_reference, stdlib_source, torch_docstrings
 
@@ -67,15 +68,22 @@ def _prepare_splits(task: Task, folder: Path) -> str:
 
 
 def _data_folder(task: Task, folder: Path) -> Path:
-    source = [task.data, task.seq_len] if isinstance(task, TextTask) else "digits"
+    source = [_version(task.data), task.seq_len] if isinstance(task, TextTask) else "digits"
     return folder / "data" / content_key(source)
+
+
+def _version(data: str) -> list[object]:
+    """Changes when the text does, so that no old copy of it is used."""
+    if data in TEXTS:
+        return [data, sys.version, torch.__version__]
+    path = Path(data)
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    return [data, *((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file())]
 
 
 def _text_splits(task: TextTask) -> list[np.ndarray]:
     """(num_sequences, 2, seq_len) int32 each: input ids and labels."""
     if task.data in TEXTS:
-        from data import Document
-
         documents = iter([Document(TEXTS[task.data]())])
     else:
         documents = read_documents([task.data])
@@ -162,7 +170,8 @@ class Problem:
 def pretrained_path(task: TextTask, folder: Path) -> Path:
     """Where the weights are that a fine-tuning task begins with."""
     assert task.pretrain
-    identity = [task.model, _pretraining_task(task, task.pretrain).model_dump(), task.pretrain.lr]
+    how = _pretraining_task(task, task.pretrain)
+    identity = [how.model_dump(), task.pretrain.lr, _data_folder(how, folder).name]
     return folder / "pretrained" / f"{content_key(identity)}.pt"
 
 

@@ -47,6 +47,7 @@ def tiny_study(folder: Path, steps: int) -> Path:
     return folder / "study.yaml"
 
 
+@pytest.mark.slow
 def test_study_resumes_and_reports_all(tmp_path: Path) -> None:
     from study import run_study
 
@@ -71,6 +72,7 @@ def test_study_resumes_and_reports_all(tmp_path: Path) -> None:
     assert json.loads(again[-1])["test"] == records[-1]["test"]
 
 
+@pytest.mark.slow
 def test_interrupted_study_leaves_no_process(tmp_path: Path) -> None:
     config, output = tiny_study(tmp_path, steps=1_000_000), tmp_path / "out"
     command = [sys.executable, ROOT / "launch" / "study.py", config, "--output", output, "--only", "text/AdamW"]
