@@ -12,7 +12,6 @@ import json
 import os
 import subprocess
 import sys
-import sysconfig
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +20,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from texts import python_reference, stdlib_source
 from train import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,7 +29,6 @@ CONFIGS = ROOT / "configs"
 OPTIMIZERS = {"microadam": "MicroAdam", "adamw": "AdamW"}
 
 PRETRAIN_BYTES = 3_000_000
-NOT_SOURCE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "__pycache__"}
 SHARED = "--seq-len 256 --logging-steps 5 --schedule cosine".split()
 PRETRAIN = [*SHARED, *"--batch-size 4 --steps 300 --eval-steps 100 --eval-fraction 0.01".split()]
 # The learning rates in the configurations give the best held-out loss of 1e-3, 2e-3, 4e-3 (AdamW) and of 4e-3, 8e-3,
@@ -54,7 +53,8 @@ def main(
         pretrain(num_ranks, environment, fresh)
         for name, title in OPTIMIZERS.items():
             heading(f"Fine-tuning with {title} on the Python reference, ZeRO-2")
-            source = ["--model", str(OUTPUT / "pretrained"), "--data", str(topics_text())]
+            text = write_text("topics.txt", python_reference())
+            source = ["--model", str(OUTPUT / "pretrained"), "--data", str(text)]
             train(name, CONFIGS / "deepspeed" / f"quickstart_{name}.json", [*source, *FINETUNE], num_ranks, environment)
     except StageFailed as failure:
         console.print(f"[bold red]Error:[/] {failure}")
@@ -89,7 +89,7 @@ def pretrain(num_ranks: int, environment: dict[str, str], fresh: bool) -> None:
     """Make the starting model, unless the one in place came from the same data and settings."""
     heading("Pre-training a byte-level Llama on the standard library's source, AdamW")
     model, ds_config = CONFIGS / "models" / "byte-llama-1m.json", CONFIGS / "deepspeed" / "quickstart_adamw.json"
-    corpus = stdlib_text()
+    corpus = write_text("stdlib.txt", stdlib_source(PRETRAIN_BYTES))
     arguments = ["--model-config", str(model), "--tokenizer", "bytes", "--data", str(corpus), *PRETRAIN]
     inputs = [model.read_bytes(), ds_config.read_bytes(), corpus.read_bytes(), repr((PRETRAIN, num_ranks)).encode()]
     fingerprint = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in inputs)).hexdigest()
@@ -100,28 +100,6 @@ def pretrain(num_ranks: int, environment: dict[str, str], fresh: bool) -> None:
     stamp.unlink(missing_ok=True)
     train("pretrained", ds_config, arguments, num_ranks, environment)
     stamp.write_text(fingerprint)
-
-
-def stdlib_text() -> Path:
-    """A text file of standard library modules, in an order that does not put one package first."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    modules = [path.relative_to(root) for path in root.rglob("*.py")]
-    modules = [path for path in modules if not NOT_SOURCE & set(path.parts)]
-    modules.sort(key=lambda path: hashlib.sha256(path.as_posix().encode()).digest())
-    parts, size = [], 0
-    for path in modules:
-        parts.append((root / path).read_text(encoding="utf-8", errors="replace"))
-        size += len(parts[-1])
-        if size >= PRETRAIN_BYTES:
-            break
-    return write_text("stdlib.txt", "\n".join(parts))
-
-
-def topics_text() -> Path:
-    """A text file of the Python reference as `help()` shows it."""
-    from pydoc_data.topics import topics
-
-    return write_text("topics.txt", "\n\n".join(topics[name] for name in sorted(topics)))
 
 
 def write_text(name: str, text: str) -> Path:

@@ -1,0 +1,104 @@
+"""One run of a study, from the settings to a JSON record."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from transformers import get_scheduler
+
+from microadam_dist.config import MicroAdamConfig
+from microadam_dist.layout import ShardSpan, StateLayout
+from microadam_dist.quantization import decode_error
+from microadam_dist.state import block_views
+
+from .config import OptimizerEntry, Run, Task
+from .optimizers import build_optimizer, package_version, state_bytes
+from .tasks import Problem
+
+_CURVE_POINTS = 100
+_WARMUP_FRACTION = 0.05
+
+
+def train(run: Run, task: Task, entry: OptimizerEntry, folder: Path) -> dict[str, Any]:
+    """Train once; the learning rate rises for 5 % of the steps and then follows a cosine to 0.
+
+    Returns:
+        The record of the run: settings, losses over time, validation and test loss at the end (None where the training
+        loss stopped being finite), bytes of state, seconds.
+    """
+    start = time.perf_counter()
+    torch.manual_seed(run.seed)
+    problem = Problem(task, folder)
+    model = problem.make_model()
+    optimizer = build_optimizer(entry.type, list(model.named_parameters()), run.lr, entry.settings)
+    schedule = get_scheduler("cosine", optimizer, round(_WARMUP_FRACTION * task.steps), task.steps)
+    interval = -(-task.steps // _CURVE_POINTS)
+    curve, validation, trace, recent, step_seconds = [], [], [], [], []
+    diverged = False
+    for step, batch in zip(range(1, task.steps + 1), problem.batches(run.seed), strict=False):
+        optimizer.zero_grad()
+        loss = problem.loss(model, batch)
+        loss.backward()
+        recent.append(loss.item())
+        if diverged := not math.isfinite(recent[-1]):
+            break
+        begin = time.perf_counter()
+        optimizer.step()
+        step_seconds.append(time.perf_counter() - begin)
+        schedule.step()
+        if step % interval == 0 or step == task.steps:
+            curve.append((step, statistics.fmean(recent)))
+            recent = []
+        if step % task.eval_every == 0 and step < task.steps:
+            validation.append((step, problem.evaluate(model, "validation").loss))
+        if task.trace_every and step % task.trace_every == 0:
+            trace.append({"step": step, **_norms(optimizer), "state_bytes": state_bytes(optimizer)})
+    record = {
+        **run._asdict(),
+        "task_settings": task.model_dump(),
+        "optimizer_settings": {"type": entry.type, **entry.settings},
+        "package": package_version(entry.type),
+        "torch": f"torch {torch.__version__}",
+        "num_params": sum(param.numel() for param in model.parameters()),
+        "state_bytes": state_bytes(optimizer),
+        "train_curve": curve,
+        "validation_curve": validation,
+        "trace": trace,
+        "step_ms": 1e3 * statistics.median(step_seconds) if step_seconds else None,
+        "validation": None,
+        "test": None,
+        "diverged": diverged,
+    }
+    if not diverged:
+        record["validation"] = problem.evaluate(model, "validation")._asdict()
+        record["test"] = problem.evaluate(model, "test")._asdict()
+        validation.append((task.steps, record["validation"]["loss"]))
+        if not math.isfinite(record["validation"]["loss"]):
+            record |= {"validation": None, "test": None, "diverged": True}
+    return record | {"seconds": time.perf_counter() - start}
+
+
+def _norms(optimizer: Optimizer) -> dict[str, float]:
+    """Norms over the parameters that have an error feedback: the gradient's and the decoded error's."""
+    grad_square = error_square = 0.0
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            state = optimizer.state[param]
+            if "codes" in state:
+                config = MicroAdamConfig.from_dict(group)
+                layout = StateLayout((ShardSpan("", tuple(param.shape), 0, param.numel()),), config)
+                flat = {name: tensor.view(-1) for name, tensor in state.items() if name != "step"}
+                for run in layout.runs:
+                    weights, grad = param.detach().view(-1), param.grad.view(-1)
+                    views = block_views(layout, run, weights, grad, flat, range(run.rows))
+                    ranges = (tensor.flatten(0, 1).float() for tensor in (views.bucket_lo, views.bucket_hi))
+                    error = decode_error(views.codes.flatten(0, 1), *ranges, layout, run.numel)
+                    error_square += float(error.square().sum())
+            grad_square += float(param.grad.square().sum())
+    return {"grad_norm": math.sqrt(grad_square), "error_norm": math.sqrt(error_square)}
