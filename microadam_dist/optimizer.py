@@ -18,6 +18,7 @@ from .backends.base import TensorStep, select_backend
 from .checkpoint.format import APART, APART_KEY, LAYOUT_KEY, describe_layouts, read_layouts
 from .checkpoint.match import match_groups, match_names, match_spans, match_tensors, state_dict_parts
 from .config import SETTING_NAMES, STRUCTURAL_SETTINGS, MicroAdamConfig, reject_unknown_settings
+from .diagnostics.metrics import Meter
 from .engines.base import (
     ExchangedBytes,
     NamedParameter,
@@ -67,6 +68,7 @@ class MicroAdam(Optimizer):
             rows of every parameter, and gets the other rows from the rank that steps them. The weights are the same.
         weight_exchange: With ``shard_state``, what travels: ``"touched"``, the weights that changed, or ``"newest"``,
             the newest Top-K, which is less but replicates the window; see `engines.row_exchange`.
+        metrics_every: Measure every so many steps how well the gradients are compressed, see ``metrics``; 0 is off.
 
     Raises:
         ConfigError: A setting is unknown or outside its range, or a parameter has an unsupported dtype.
@@ -94,6 +96,7 @@ class MicroAdam(Optimizer):
         sparse_allgather: bool = False,
         shard_state: Any = False,
         weight_exchange: str = "touched",
+        metrics_every: int = 0,
         **unknown: Any,
     ) -> None:
         reject_unknown_settings(unknown)
@@ -114,6 +117,7 @@ class MicroAdam(Optimizer):
         self.sparse_allgather = sparse_allgather
         self.exchanged_bytes = ExchangedBytes()
         self._exchange = row_exchange(shard_state, weight_exchange, self.exchanged_bytes)
+        self._meter = Meter(metrics_every) if metrics_every else None
         self._backend = select_backend(backend)
         self._constructed: list[list[NamedParameter]] = []
         self._shards: dict[Tensor, Shard] = {}  # how the data of a tensor is reached; found with its layout
@@ -161,6 +165,14 @@ class MicroAdam(Optimizer):
     def num_nonfinite_blocks(self) -> int:
         """Blocks skipped so far on this rank because of a NaN, an Inf or a magnitude of 2**60 in the accumulator."""
         return self._num_nonfinite_blocks
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Of the newest step measured (``metrics_every``), estimated from a sample: see `diagnostics.metrics`.
+
+        The same on all ranks that share the parameters. A new dictionary for each such step, empty before the first.
+        """
+        return {} if self._meter is None else self._meter.metrics
 
     @property
     def shards_state(self) -> bool:
@@ -225,6 +237,8 @@ class MicroAdam(Optimizer):
         for config, members in groups:
             num_skipped += self._step_group(members, config, grad_scale)
         self._count_nonfinite(num_skipped)
+        if self._meter is not None:
+            self._meter.end_step(self)
         return loss
 
     @torch.no_grad()
@@ -269,6 +283,9 @@ class MicroAdam(Optimizer):
             grad = shard.grad.contiguous().view(-1)
             num_steps = int(self.state[p]["step"])
             steps.append(TensorStep(flat, grad, flatten_state(self._local_state(p)), self._layouts[p], num_steps))
+        if self._meter is not None and self._meter.is_due(self.param_groups):
+            sharding_groups = [self._shards[p].sharding_group for p in members]
+            self._meter.measure(zip(steps, sharding_groups, strict=True), config, grad_scale)
         num_skipped = self._backend.step(steps, config, grad_scale)
         for local, flat in copies:
             local.copy_(flat.view(local.shape))
@@ -490,6 +507,7 @@ class MicroAdam(Optimizer):
             "_num_nonfinite_blocks",
             "_has_loaded_shards",
             "_exchange",
+            "_meter",
             "sparse_allgather",
             "exchanged_bytes",
         )

@@ -144,6 +144,11 @@ class Shard:
         """The groups of ranks that step the same parameters at the same time, as far as it matters to the engine."""
         return []
 
+    @property
+    def sharding_group(self) -> dist.ProcessGroup | None:
+        """The ranks each of which holds another part of its parameters; None where this rank holds them whole."""
+        return None
+
     def wrap(self, local: Tensor) -> Tensor:
         """A tensor with one row for each row of `param`, in the form in which state is kept and saved."""
         return local

@@ -40,8 +40,9 @@ ALLOWED = {
     "engines.row_exchange": f"{CORE} backends.base engines.base engines.changes engines.ddp",
     "engines*": "errors layout engines.base",
     "checkpoint*": f"{CORE} state quantization checkpoint*",
+    "diagnostics.metrics": f"{CORE} state algorithm backends.base",
     "diagnostics*": f"{CORE} state quantization backends* diagnostics*",
-    "optimizer": f"{CORE} state backends.base engines.base checkpoint.format checkpoint.match",
+    "optimizer": f"{CORE} state backends.base engines.base checkpoint.format checkpoint.match diagnostics.metrics",
     "cli": "_commands",
     "_commands": f"{CORE} planner* checkpoint* diagnostics*",
     "gradient_release": "errors engines.base optimizer",
@@ -56,13 +57,12 @@ ALLOWED = {
 PLANNER = "planner planner.activations planner.engines planner.gpus planner.memory planner.shapes"
 STANDARD_LIBRARY_ONLY = f"{CORE} {PLANNER} cli"
 TORCH_DISTRIBUTED = "engines* checkpoint* diagnostics*"
-ANYWHERE = {"typer": "_commands planner.cli", "rich": "_commands planner.cli"}
+ANYWHERE = {"typer": "_commands planner.cli", "rich": "_commands planner.cli", "transformers": "integrations.hf"}
 LAZILY = {
     "deepspeed": "engines.deepspeed* checkpoint.deepspeed deepspeed",
     "accelerate": "integrations.*",
-    "transformers": "integrations.*",
     "huggingface_hub": "planner.cli",
-    "matplotlib": "planner.plot",
+    "matplotlib": "planner.plot diagnostics.report",
     "cuda": "backends.cuda",
     "numpy": "backends.cuda backends.cpu",
 }
