@@ -52,6 +52,7 @@ def train(options: Options) -> None:
     trainer = build_trainer(options, args, model, tokenizer, datasets, timer)
     trainer.train(resume_from_checkpoint=find_checkpoint(options))
     trainer.save_model()
+    trainer.save_state()  # the whole log, for `microadam report`
     zero_stage = ds_config.get("zero_optimization", {}).get("stage", 0) if ds_config else None
     metrics = summary.collect(trainer, timer, options.seq_len, zero_stage)
     if IS_RANK_0:
@@ -212,6 +213,10 @@ def build_trainer(
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(LossProgress())
+    if options.metrics_every:
+        from microadam_dist.integrations.hf import MetricsCallback
+
+        trainer.add_callback(MetricsCallback(trainer))
     return trainer
 
 

@@ -167,6 +167,11 @@ class MicroAdam(Optimizer):
         return self._num_nonfinite_blocks
 
     @property
+    def metrics_every(self) -> int:
+        """Every how many steps ``metrics`` are measured; 0 is never."""
+        return 0 if self._meter is None else self._meter.every
+
+    @property
     def metrics(self) -> dict[str, float]:
         """Of the newest step measured (``metrics_every``), estimated from a sample: see `diagnostics.metrics`.
 

@@ -16,7 +16,7 @@ The numbers are estimates: they come from a sample of the Top-K blocks (`StateLa
 least 31 of each parameter), and leave the dense path and skipped blocks out. Only norms over all of it are compared:
 each is the root of a sum of squares over the sampled blocks on all ranks, each element counted once.
 
-    nonfinite_blocks         blocks skipped so far, on the ranks that share the parameters; not a sample
+    nonfinite_blocks         all blocks skipped so far, added up over the ranks among which parameters are cut
     sent_bytes, dense_bytes  with sparse_allgather or shard_state: `ExchangedBytes` of this rank so far
 
 Source: MicroAdam, arXiv:2405.15593, assumptions on the two compressors and convergence theorem; the estimate is ours.
@@ -79,11 +79,13 @@ class Meter:
     """Measures every N-th step of one optimizer; reads the training, and changes no bit of it.
 
     The steps of a set of tensors are counted, not the calls: DeepSpeed steps each of its groups in a call of its own.
+    Counted are the steps since the optimizer was constructed, without those that were skipped.
 
     Args:
         every: N.
 
     Attributes:
+        every: N.
         metrics: Of the newest measured step, see above; a new dictionary each time, empty before the first.
 
     Raises:
@@ -94,7 +96,7 @@ class Meter:
         if isinstance(every, bool) or not isinstance(every, int) or every < 0:
             raise ConfigError(f"metrics_every={every!r}: expected 0 (off) or a number of steps.")
         self.metrics: dict[str, float] = {}
-        self._every = every
+        self.every = every
         self._num_steps: Counter[Tensor | None] = Counter()  # by the first tensor of the param groups
         self._sums: dict[dist.ProcessGroup | None, Tensor] = {}  # of this rank, in the step that goes on
         self._totals = BlockSums()  # of all ranks, in the calls that belong to the newest measured step
@@ -102,7 +104,7 @@ class Meter:
 
     def is_due(self, param_groups: Iterable[Mapping[str, Any]]) -> bool:
         """Whether the step that goes on, or comes, is measured; the same on all ranks that step together."""
-        return (self._num_steps[_first(param_groups)] + 1) % self._every == 0
+        return (self._num_steps[_first(param_groups)] + 1) % self.every == 0
 
     def measure(
         self,
