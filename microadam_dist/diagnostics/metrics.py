@@ -93,7 +93,7 @@ class Meter:
     """
 
     def __init__(self, every: int) -> None:
-        if isinstance(every, bool) or not isinstance(every, int) or every < 0:
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ConfigError(f"metrics_every={every!r}: expected 0 (off) or a number of steps.")
         self.metrics: dict[str, float] = {}
         self.every = every

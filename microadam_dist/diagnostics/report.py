@@ -6,13 +6,9 @@ import html
 import io
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from ..errors import ConfigError
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 STATE_FILE = "trainer_state.json"
 PREFIX = "microadam/"
@@ -38,7 +34,7 @@ PANELS = (
         },
         limit=1.0,
     ),
-    Panel("norms", {f"{PREFIX}error_to_gradient": "error feedback / gradient"}),
+    Panel("norm ratio", {f"{PREFIX}error_to_gradient": "error feedback / gradient"}),
     Panel(
         "share, %",
         {f"{PREFIX}gradient_kept": "gradient energy kept", f"{PREFIX}touched": "weights touched by a step"},
@@ -109,8 +105,8 @@ def _step(path: Path) -> int:
     return int(number) if number.isdecimal() else -1
 
 
-def draw(history: list[dict[str, Any]], title: str) -> Figure:
-    """The panels for which the log has something, one below the other."""
+def draw(history: list[dict[str, Any]], title: str) -> Any:
+    """A matplotlib figure: the panels for which the log has something, one below the other."""
     from matplotlib.figure import Figure
 
     curves = {
@@ -120,8 +116,8 @@ def draw(history: list[dict[str, Any]], title: str) -> Figure:
     }
     panels = [panel for panel in PANELS if any(value for key in panel.curves for _, value in curves[key])]
     figure = Figure(figsize=(9, 2.2 * len(panels) + 0.6), layout="constrained")
-    figure.suptitle(f"MicroAdam: {title}")
-    rows: list[Axes] = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0].tolist()
+    figure.suptitle(f"MicroAdam: {title}", parse_math=False)
+    rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0].tolist()
     for axes, panel in zip(rows, panels, strict=True):
         for key, label in panel.curves.items():
             if curves[key]:
@@ -138,7 +134,7 @@ def draw(history: list[dict[str, Any]], title: str) -> Figure:
     return figure
 
 
-def _as_html(figure: Figure, title: str) -> str:
+def _as_html(figure: Any, title: str) -> str:
     picture = io.StringIO()
     figure.savefig(picture, format="svg")
     svg = picture.getvalue()

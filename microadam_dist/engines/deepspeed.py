@@ -125,16 +125,16 @@ def find_shard(slot: Slot) -> Shard | None:
     model = [named for group in slot.constructed for named in group if _is_trainable(named)]
     if any(hasattr(named.param, "_z3_optimizer") for named in model):
         spans = tuple(_stage3_spans(slot.tensor, model))
-        return FlatShard(slot.tensor, spans, _holder(spans, model).ds_process_group)
+        return ZeroShard(slot.tensor, spans, _holder(spans, model).ds_process_group)
     if any(hasattr(named.param, "_hp_mapping") for named in model):
         spans = tuple(_stage1_2_spans(slot.tensor, model))
-        return FlatShard(slot.tensor, spans, _holder(spans, model)._dp_group)
+        return ZeroShard(slot.tensor, spans, _holder(spans, model)._dp_group)
     copied = _master_copy_spans(slot)
     return None if copied is None else Shard(slot.tensor, copied)
 
 
 @dataclass(frozen=True, eq=False)
-class FlatShard(Shard):
+class ZeroShard(Shard):
     """A flat shard of ZeRO.
 
     Attributes:

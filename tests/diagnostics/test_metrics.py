@@ -223,3 +223,18 @@ def test_several_calls_for_one_step() -> None:
             p.grad = gradient(p, seed, index)
             apart.step()
     assert apart.metrics == pytest.approx(together.metrics, rel=1e-12)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_as_on_the_cpu() -> None:
+    found = []
+    for device in ("cpu", "cuda"):
+        params = [torch.nn.Parameter(p.detach().to(device)) for p in make_params(SHAPES)]
+        optimizer = MicroAdam(params, metrics_every=1)
+        for seed in range(5):
+            for index, p in enumerate(params):
+                p.grad = gradient(p.cpu(), seed, index).to(device)
+            optimizer.step()
+        found.append(optimizer.metrics)
+    assert found[1] == pytest.approx(found[0], rel=1e-9)

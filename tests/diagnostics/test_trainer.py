@@ -42,7 +42,7 @@ def make_trainer(folder: Path, optimizer: type = MicroAdam, **settings: Any) -> 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished training: its log is in the folder."""
-    folder = tmp_path_factory.mktemp("run") / "a [strange] <name>"
+    folder = tmp_path_factory.mktemp("run") / "a [strange] <name> at $5"
     trainer = make_trainer(folder, metrics_every=2, density=0.05)
     trainer.add_callback(MetricsCallback(trainer))
     trainer.train()
@@ -97,7 +97,7 @@ def test_report_is_one_html_file_with_everything_in_it(run: Path) -> None:
     result = report(run)
     assert result.exit_code == 0, result.output
     page = (run / "report.html").read_text()
-    assert "<svg" in page and "a [strange] &lt;name&gt;" in page
+    assert "<svg" in page and "a [strange] &lt;name&gt; at $5" in page
     assert "http-equiv" not in page and "<script" not in page
     for label in ("the theorem asks for", "weights touched by a step", "training", "error feedback / gradient"):
         assert f"<!-- {label}" in page, label  # how matplotlib notes the text that it draws as curves
