@@ -66,6 +66,13 @@ class BlockViews:
         return BlockViews(**copies)
 
 
+def concatenate(parts: Sequence[BlockViews]) -> BlockViews:
+    """Copies of blocks of one shape, one part after the other along the rows."""
+    fields = {name: [getattr(part, name) for part in parts] for name in vars(parts[0])}
+    copies: dict[str, Any] = {name: None if views[0] is None else torch.cat(views) for name, views in fields.items()}
+    return BlockViews(**copies)
+
+
 def block_views(
     layout: StateLayout, run: BlockRun, param: Tensor, grad: Tensor | None, state: Mapping[str, Tensor], rows: range
 ) -> BlockViews:

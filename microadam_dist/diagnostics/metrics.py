@@ -39,10 +39,10 @@ from ..config import MicroAdamConfig
 from ..errors import ConfigError
 from ..layout import StateLayout
 from ..scalars import StepScalars
-from ..state import BlockViews, block_views
+from ..state import BlockViews, block_views, concatenate
 
 # Blocks are measured in pieces to bound the temporaries (about 60 bytes an element).
-CHUNK_NUMEL = 1 << 18
+CHUNK_NUMEL = 1 << 17
 
 
 class BlockSums(NamedTuple):
@@ -73,6 +73,17 @@ class BlockSums(NamedTuple):
 
 def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else math.nan
+
+
+class _Alike(NamedTuple):
+    """What blocks have in common that are measured together."""
+
+    group: dist.ProcessGroup | None
+    made_for: MicroAdamConfig
+    step: int
+    num_kept: int
+    numel: int
+    device: torch.device
 
 
 class Meter:
@@ -119,13 +130,25 @@ class Meter:
             config: Settings of the step.
             grad_scale: Factor on every gradient.
         """
+        # Blocks of several tensors are measured together: an operation on a few blocks costs as much as on many.
+        waiting: dict[_Alike, list[BlockViews]] = {}
         for tensor, group in tensors:
-            scalars = StepScalars.at(tensor.step, config, grad_scale)
             for blocks, num_kept in _sampled_blocks(tensor):
-                sums = block_sums(blocks, tensor.layout, num_kept, tensor.step, scalars)
-                if group in self._sums:
-                    sums = self._sums[group] + sums.to(self._sums[group].device)
-                self._sums[group] = sums
+                numel, device = blocks.param.shape[2], blocks.param.device
+                alike = _Alike(group, tensor.layout.config, tensor.step, num_kept, numel, device)
+                waiting.setdefault(alike, []).append(blocks)
+                if sum(part.param.numel() for part in waiting[alike]) >= CHUNK_NUMEL:
+                    self._add(alike, waiting.pop(alike), config, grad_scale)
+        for alike, parts in waiting.items():
+            self._add(alike, parts, config, grad_scale)
+
+    def _add(self, alike: _Alike, parts: Sequence[BlockViews], config: MicroAdamConfig, grad_scale: float) -> None:
+        scalars = StepScalars.at(alike.step, config, grad_scale)
+        layout = StateLayout((), alike.made_for)
+        sums = block_sums(concatenate(parts), layout, alike.num_kept, alike.step, scalars)
+        if alike.group in self._sums:
+            sums = self._sums[alike.group] + sums.to(self._sums[alike.group].device)
+        self._sums[alike.group] = sums
 
     def end_step(self, optimizer: Any) -> None:
         """Count a step; if it was due, make its metrics: a collective of the ranks that share the parameters.
