@@ -110,13 +110,17 @@ class Options:
     eval_steps: Annotated[int | None, _output(min=1, help="Held-out loss every N steps too.")] = None
     save_steps: Annotated[int | None, _output(min=1, help="Checkpoint every N steps too.")] = None
     logging_steps: Annotated[int, _output(min=1, help="Log the loss every N steps.")] = 10
+    metrics_every: Annotated[
+        int | None,
+        _output(min=1, help="MicroAdam: log how well gradients are compressed every N steps; see 'microadam report'."),
+    ] = None
     verbose: Annotated[bool, _output("--verbose", help="Show the libraries' logs.")] = False
     local_rank: Annotated[int, Option("--local_rank", hidden=True, help="Appended by the deepspeed launcher.")] = -1
 
     @property
     def microadam_settings(self) -> dict[str, Any]:
         """The MicroAdam-only settings that were given."""
-        names = ("window_size", "density", "block_size", "bucket_size")
+        names = ("window_size", "density", "block_size", "bucket_size", "metrics_every")
         settings = {name: value for name in names if (value := getattr(self, name)) is not None}
         if self.shard_state is not None:
             settings |= {"shard_state": True, "weight_exchange": self.shard_state.value}

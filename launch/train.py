@@ -59,6 +59,7 @@ def train(options: Options) -> None:
     if trainer.is_fsdp_enabled:  # checkpoints are sharded, the final weights are not
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
+    trainer.save_state()  # the whole log, for `microadam report`
     metrics = summary.collect(trainer, timer, options.seq_len, engine, num_params)
     if IS_RANK_0:
         summary.report(metrics, options.output, console)
@@ -227,6 +228,10 @@ def build_trainer(
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(LossProgress())
+    if options.metrics_every:
+        from microadam_dist.integrations.hf import MetricsCallback
+
+        trainer.add_callback(MetricsCallback(trainer))
     return trainer
 
 

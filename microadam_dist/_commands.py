@@ -13,6 +13,7 @@ from rich.table import Table
 from .bench.commands import app as bench
 from .checkpoint.deepspeed_reshard import reshard_checkpoint
 from .diagnostics.environment import backends, chosen, versions
+from .diagnostics.report import write_report
 from .errors import MicroAdamError
 from .planner.cli import plan
 
@@ -56,6 +57,23 @@ def reshard(
         console.print(f"  {fqn} [{start}, {end})", highlight=False)
     if len(rebuilt) > 10:
         console.print(f"  ... and {len(rebuilt) - 10} more")
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Output folder of launch/train.py, or of a Trainer.")],
+    output: Annotated[
+        Path | None, typer.Option(help="The picture: .html, .png, .svg or .pdf; report.html in the folder by default.")
+    ] = None,
+) -> None:
+    """Draw the metrics that MicroAdam(metrics_every=N) has logged in a run, with the loss."""
+    output = output or run / "report.html"
+    try:
+        write_report(run, output)
+    except MicroAdamError as error:
+        console.print(f"[red]error:[/] {error}", highlight=False)
+        raise typer.Exit(1) from None
+    console.print(f"{output}: written", highlight=False)
 
 
 @app.command()

@@ -41,43 +41,50 @@ def microadam_step_(blocks: BlockViews, layout: StateLayout, num_kept: int, step
         finite = torch.ones(blocks.param.shape[:2].numel(), 1, dtype=torch.bool, device=blocks.param.device)
         slots = []
     else:
-        indices, values, finite = keep_largest_(blocks, blocks.grad, layout, num_kept, scalars)
+        accumulator = accumulate(blocks, blocks.grad, layout, scalars)
+        indices, values, finite = keep_largest_(blocks, accumulator, layout, num_kept)
         slots = [(indices, values.float())]  # by age, 0 = newest
         if blocks.indices is not None and blocks.values is not None:  # slot = step mod window_size
             blocks.indices[:, :, newest] = indices.view(*blocks.indices.shape[:2], num_kept).short()
             blocks.values[:, :, newest] = values.view(*blocks.values.shape[:2], num_kept)
-    if blocks.indices is not None and blocks.values is not None:
-        for age in range(len(slots), len(scalars.m_weights)):
-            slot = (step - age) % window_size
-            index, value = blocks.indices[:, :, slot].flatten(0, 1), blocks.values[:, :, slot].flatten(0, 1)
-            slots.append((index.long(), value.float()))
+    slots += stored_slots(blocks, [(step - age) % window_size for age in range(len(slots), len(scalars.m_weights))])
     update_weights_(blocks.param, slots, finite, scalars)
     return (~finite).sum()
 
 
+def accumulate(blocks: BlockViews, grad: Tensor, layout: StateLayout, scalars: StepScalars) -> Tensor:
+    """Gradient and error: ``a = g * grad_scale + (codes * step_q + lo)``, (B, n) fp32."""
+    accumulator = grad.flatten(0, 1).float() * scalars.grad_scale
+    error = stored_error(blocks, layout, numel=accumulator.shape[1])
+    return accumulator if error is None else accumulator + error
+
+
+def stored_error(blocks: BlockViews, layout: StateLayout, numel: int) -> Tensor | None:
+    """The error feedback, (B, n) fp32; None where it is switched off."""
+    if blocks.codes is None or blocks.bucket_lo is None or blocks.bucket_hi is None:
+        return None
+    lo, hi = blocks.bucket_lo.flatten(0, 1).float(), blocks.bucket_hi.flatten(0, 1).float()
+    return decode_error(blocks.codes.flatten(0, 1), lo, hi, layout, numel)
+
+
+def stored_slots(blocks: BlockViews, slots: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+    """(B, k) int64 indices and (B, k) fp32 values of slots of the window; none where no window is stored."""
+    if blocks.indices is None or blocks.values is None:
+        return []
+    stored = [(blocks.indices[:, :, slot].flatten(0, 1), blocks.values[:, :, slot].flatten(0, 1)) for slot in slots]
+    return [(index.long(), value.float()) for index, value in stored]
+
+
 def keep_largest_(
-    blocks: BlockViews, grad: Tensor, layout: StateLayout, num_kept: int, scalars: StepScalars
+    blocks: BlockViews, accumulator: Tensor, layout: StateLayout, num_kept: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Top-K of gradient and error. In place: codes and bucket ranges take what is left.
+    """Top-K of the accumulator (B, n). In place: codes and bucket ranges of the blocks take what is left.
 
     Returns:
         indices: (B, k) int64, ascending.
         values: (B, k) bf16.
         finite: (B, 1) bool; a block where it is false is skipped.
     """
-    grad = grad.flatten(0, 1).float()  # (B, n)
-
-    # a = g * grad_scale + (codes * step_q + lo)
-    accumulator = grad * scalars.grad_scale
-    if blocks.codes is not None and blocks.bucket_lo is not None and blocks.bucket_hi is not None:
-        accumulator = accumulator + decode_error(
-            blocks.codes.flatten(0, 1),
-            blocks.bucket_lo.flatten(0, 1).float(),
-            blocks.bucket_hi.flatten(0, 1).float(),
-            layout,
-            numel=grad.shape[1],
-        )
-
     # key = |bf16(a)|;  I = the k largest keys, ties to the lowest index, ascending;  V = bf16(a[I])
     rounded = accumulator.bfloat16()
     finite = (rounded.abs() < MAGNITUDE_LIMIT).all(dim=1, keepdim=True)

@@ -38,6 +38,9 @@ WINDOW_TENSORS = ("indices", "values")
 DENSE_TENSORS = ("exp_avg", "exp_avg_sq")
 INDEX_BYTES = 2  # 16-bit, stored as uint8 because neither gloo nor NCCL carries int16
 
+# Blocks of each parameter that diagnostics look at: one in 97, at least 31.
+SAMPLED_ONE_IN, MIN_SAMPLED_BLOCKS = 97, 31
+
 
 @dataclass(frozen=True)
 class ShardSpan:
@@ -133,6 +136,11 @@ class BlockGrid:
         """Blocks in one row of the parameter."""
         return -(-self.row_numel // self.block_numel)
 
+    def block_index(self, position: int) -> int:
+        """Number of the block that holds element ``position``, in row-major order."""
+        row, column = divmod(position, self.row_numel)
+        return row * self.blocks_per_row + column // self.block_numel
+
     def block_interval(self, position: int) -> tuple[int, int]:
         """First element and end of the whole block that holds element ``position``, in row-major order."""
         row, column = divmod(position, self.row_numel)
@@ -203,12 +211,13 @@ class Extent:
 
 @dataclass(frozen=True)
 class BlockRun:
-    """``rows`` x ``cols`` Top-K blocks of ``numel`` elements, ``num_kept`` of which are kept in each.
+    """``rows`` x ``cols`` Top-K blocks of a span, of ``numel`` elements, ``num_kept`` of which are kept in each.
 
     ``elements`` locates them in the local tensor, the others in the state tensors (``kept`` in units of one slot:
     the window tensors hold ``window_size`` slots a block, one after the other).
     """
 
+    span_index: int
     rows: int
     cols: int
     numel: int
@@ -229,6 +238,14 @@ class BlockRun:
         """Whether the blocks follow each other in all tensors, from the end of a row to the next one."""
         extents = (self.elements, self.codes, self.buckets, self.kept)
         return all(extent.row_stride == self.cols * extent.size for extent in extents)
+
+
+class SampledRun(NamedTuple):
+    """Some blocks of a run: (rows[i], cols[i])."""
+
+    run: BlockRun
+    rows: list[int]
+    cols: list[int]
 
 
 @dataclass(frozen=True)
@@ -312,7 +329,7 @@ class StateLayout:
         return tuple(self._lay_runs())
 
     def _lay_runs(self) -> Iterator[BlockRun]:
-        for span, band_offset in zip(self.spans, self._span_offsets, strict=False):
+        for span_index, (span, band_offset) in enumerate(zip(self.spans, self._span_offsets, strict=False)):
             if span.is_dense:
                 continue
             for band in self.grid(span).bands(span.start, span.numel):
@@ -322,6 +339,7 @@ class StateLayout:
                     size = self.block_state_size(segment.numel)
                     state = [Extent(*extent) for extent in zip(offset, row_size, size, strict=True)]
                     yield BlockRun(
+                        span_index=span_index,
                         rows=band.rows,
                         cols=segment.cols,
                         numel=segment.numel,
@@ -334,6 +352,25 @@ class StateLayout:
                     )
                     offset = offset.plus(size, segment.cols)
                 band_offset = band_offset.plus(row_size, band.rows)
+
+    @cached_property
+    def sample(self) -> tuple[SampledRun, ...]:
+        """A few blocks of every parameter, spread evenly over it: the same ones however the parameter is sharded."""
+        return tuple(sampled for run in self.runs if (sampled := self._sample_run(run)).rows)
+
+    def _sample_run(self, run: BlockRun) -> SampledRun:
+        span = self.spans[run.span_index]
+        grid = self.grid(span)
+        num_blocks = span.global_shape[0] * grid.blocks_per_row
+        # Odd numbers: an even distance would often meet the same columns in every row.
+        num_sampled = min(num_blocks, max(MIN_SAMPLED_BLOCKS, num_blocks // SAMPLED_ONE_IN))
+        first = grid.block_index(span.start + run.elements.start - span.offset)
+        end = first + run.rows * grid.blocks_per_row
+        # Sampled block i of the parameter is number i * num_blocks // num_sampled.
+        sampled = range(-(-first * num_sampled // num_blocks), -(-end * num_sampled // num_blocks))
+        places = [divmod(i * num_blocks // num_sampled - first, grid.blocks_per_row) for i in sampled]
+        rows, cols = [row for row, col in places if col < run.cols], [col for _, col in places if col < run.cols]
+        return SampledRun(run, rows, cols)
 
     @cached_property
     def dense_runs(self) -> tuple[DenseRun, ...]:

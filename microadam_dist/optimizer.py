@@ -12,6 +12,7 @@ from torch.optim.optimizer import ParamsT
 
 from .backends.base import CapturableBackend, DeviceInputs, TensorStep, select_backend
 from .config import SETTING_NAMES, STRUCTURAL_SETTINGS, MicroAdamConfig, reject_unknown_settings
+from .diagnostics.metrics import Meter
 from .engines.base import (
     ExchangedBytes,
     NamedParameter,
@@ -51,6 +52,7 @@ class MicroAdam(ShardedOptimizer):
             the newest Top-K, which is less but replicates the window; see `engines.row_exchange`.
         capturable: Count the steps on the GPU and read ``lr`` (if it is a tensor there) and what GradScaler found there
             too, so that a step waits for nothing and can be captured in a CUDA graph. Needs ``backend="cuda"``.
+        metrics_every: Measure every so many steps how well the gradients are compressed, see ``metrics``; 0 is off.
 
     Raises:
         ConfigError: A setting is unknown or outside its range, or a parameter has an unsupported dtype.
@@ -79,6 +81,7 @@ class MicroAdam(ShardedOptimizer):
         shard_state: Any = False,
         weight_exchange: str = "touched",
         capturable: bool = False,
+        metrics_every: int = 0,
         **unknown: Any,
     ) -> None:
         reject_unknown_settings(unknown)
@@ -104,6 +107,9 @@ class MicroAdam(ShardedOptimizer):
         self.exchanged_bytes = ExchangedBytes()
         if capturable and shard_state:
             raise ConfigError("capturable=True with shard_state: the exchange of weights cannot be captured.")
+        if capturable and metrics_every:
+            raise ConfigError("capturable=True with metrics_every: what is measured is read on the host.")
+        self._meter = Meter(metrics_every) if metrics_every else None
         self._backend = select_backend("cuda" if capturable else backend)
         self._nonfinite = NonfiniteCounter()
         exchange = row_exchange(shard_state, weight_exchange, self.exchanged_bytes)
@@ -140,6 +146,19 @@ class MicroAdam(ShardedOptimizer):
     def num_nonfinite_blocks(self) -> int:
         """Blocks skipped so far on this rank because of a NaN, an Inf or a magnitude of 2**60 in the accumulator."""
         return self._nonfinite.total
+
+    @property
+    def metrics_every(self) -> int:
+        """Every how many steps ``metrics`` are measured; 0 is never."""
+        return 0 if self._meter is None else self._meter.every
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Of the newest step measured (``metrics_every``), estimated from a sample: see `diagnostics.metrics`.
+
+        The same on all ranks that share the parameters. A new dictionary for each such step, empty before the first.
+        """
+        return {} if self._meter is None else self._meter.metrics
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -184,6 +203,8 @@ class MicroAdam(ShardedOptimizer):
             inputs = _device_inputs(group, loss_scale, found_inf) if self.capturable else grad_scale
             skipped.append(self._step_group(members, config, inputs))
         self._nonfinite.add(skipped)
+        if self._meter is not None:
+            self._meter.end_step(self)
         return loss
 
     @torch.no_grad()
@@ -244,6 +265,9 @@ class MicroAdam(ShardedOptimizer):
             )
             for p, shard, flat, state in zip(members, shards, flats, map(self._unwrapped_state, members), strict=True)
         ]
+        if self._meter is not None and not isinstance(inputs, DeviceInputs) and self._meter.is_due(self.param_groups):
+            sharding_groups = [shard.sharding_group for shard in shards]
+            self._meter.measure(zip(steps, sharding_groups, strict=True), config, inputs)
         if isinstance(inputs, DeviceInputs):
             assert isinstance(self._backend, CapturableBackend)
             num_skipped = self._backend.step_on_device(steps, config, inputs)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,6 +56,21 @@ class BlockViews:
     bucket_hi: Tensor | None
     indices: Tensor | None
     values: Tensor | None
+
+    def copy_of(self, rows: Sequence[int], cols: Sequence[int]) -> BlockViews:
+        """Copies of the blocks (rows[i], cols[i]), as many rows of one block each."""
+        row, col = (torch.tensor(places, device=self.param.device) for places in (rows, cols))
+        copies: dict[str, Any] = {
+            name: None if view is None else view[row, col].unsqueeze(1) for name, view in vars(self).items()
+        }
+        return BlockViews(**copies)
+
+
+def concatenate(parts: Sequence[BlockViews]) -> BlockViews:
+    """Copies of blocks of one shape, one part after the other along the rows."""
+    fields = {name: [getattr(part, name) for part in parts] for name in vars(parts[0])}
+    copies: dict[str, Any] = {name: None if views[0] is None else torch.cat(views) for name, views in fields.items()}
+    return BlockViews(**copies)
 
 
 def block_views(

@@ -148,6 +148,11 @@ class Shard:
         """Whether a state tensor is what another rank has under this name: one rank has saved, and all have loaded."""
         return False
 
+    @property
+    def sharding_group(self) -> dist.ProcessGroup | None:
+        """The ranks each of which holds another part of its parameters; None where this rank holds them whole."""
+        return None
+
     def wrap(self, local: Tensor) -> Tensor:
         """A tensor with one row for each row of `param`, in the form in which state is kept and saved."""
         return local

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -119,17 +120,39 @@ def refuse_unsupported(engine: Any) -> None:
 
 def find_shard(slot: Slot) -> Shard | None:
     """A flat shard or a master copy, by what DeepSpeed left on the model's parameters."""
-    spans = _find_spans(slot) if "deepspeed" in sys.modules else None
-    return None if spans is None else Shard(slot.tensor, spans)
-
-
-def _find_spans(slot: Slot) -> tuple[ShardSpan, ...] | None:
+    if "deepspeed" not in sys.modules:
+        return None
     model = [named for group in slot.constructed for named in group if _is_trainable(named)]
     if any(hasattr(named.param, "_z3_optimizer") for named in model):
-        return tuple(_stage3_spans(slot.tensor, model))
+        spans = tuple(_stage3_spans(slot.tensor, model))
+        return ZeroShard(slot.tensor, spans, _holder(spans, model).ds_process_group)
     if any(hasattr(named.param, "_hp_mapping") for named in model):
-        return tuple(_stage1_2_spans(slot.tensor, model))
-    return _master_copy_spans(slot)
+        spans = tuple(_stage1_2_spans(slot.tensor, model))
+        return ZeroShard(slot.tensor, spans, _holder(spans, model)._dp_group)
+    copied = _master_copy_spans(slot)
+    return None if copied is None else Shard(slot.tensor, copied)
+
+
+@dataclass(frozen=True, eq=False)
+class ZeroShard(Shard):
+    """A flat shard of ZeRO.
+
+    Attributes:
+        ranks: Those among which its parameters are cut.
+    """
+
+    ranks: dist.ProcessGroup
+
+    @property
+    def sharding_group(self) -> dist.ProcessGroup:
+        """See `Shard.sharding_group`."""
+        return self.ranks
+
+
+def _holder(spans: Sequence[ShardSpan], model: Sequence[NamedParameter]) -> Any:
+    """A parameter that has a part in the shard; any one if the shard is nothing but padding."""
+    held = {span.fqn for span in spans}
+    return next((named.param for named in model if named.fqn in held), model[0].param)
 
 
 def _stage3_spans(shard: Tensor, model: Sequence[NamedParameter]) -> Iterator[ShardSpan]:

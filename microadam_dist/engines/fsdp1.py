@@ -44,7 +44,8 @@ def find_shard(slot: Slot) -> Shard | None:
     for wrapper in _WRAPPERS:
         fqn = fqn.replace(wrapper, "")
     handle, index = found
-    return FlatViewShard(tensor, (_span(fqn, handle.flat_param, index),), handle.process_group)
+    span = _span(fqn, handle.flat_param, index)
+    return FlatViewShard(tensor, (span,), handle.process_group, is_cut=handle.uses_sharded_strategy)
 
 
 def whitelist(optimizer_class: type) -> None:
@@ -57,9 +58,11 @@ class FlatViewShard(Shard):
 
     Attributes:
         ranks: Those among which it is sharded.
+        is_cut: False for NO_SHARD, which leaves it whole on all of them.
     """
 
     ranks: dist.ProcessGroup
+    is_cut: bool
 
     @property
     def has_final_grad(self) -> bool:
@@ -75,6 +78,11 @@ class FlatViewShard(Shard):
     def groups(self) -> list[dist.ProcessGroup]:
         """See `Shard.groups`."""
         return [self.ranks]
+
+    @property
+    def sharding_group(self) -> dist.ProcessGroup | None:
+        """See `Shard.sharding_group`."""
+        return self.ranks if self.is_cut else None
 
     @property
     def is_saved_apart(self) -> bool:

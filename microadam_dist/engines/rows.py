@@ -60,6 +60,12 @@ class RowShard(Shard):
         sharded = [axis for axis, placement in enumerate(self.placements) if placement.is_shard()]
         return any(place[axis : axis + 1] != places[1][axis : axis + 1] for place in places for axis in sharded)
 
+    @property
+    def sharding_group(self) -> dist.ProcessGroup | None:
+        """See `Shard.sharding_group`."""
+        axes = [axis for axis, placement in enumerate(self.placements) if placement.is_shard()]
+        return self.mesh.get_group(axes[0]) if axes else None
+
     def wrap(self, local: Tensor) -> Tensor:
         """A DTensor with the mesh, the placements and the parameter's number of rows."""
         from torch.distributed.tensor import DTensor

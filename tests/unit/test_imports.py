@@ -40,11 +40,12 @@ ALLOWED = {
     "engines.row_exchange": f"{CORE} backends.base engines.base engines.changes engines.ddp",
     "engines*": "errors layout engines.base",
     "checkpoint*": f"{CORE} state quantization checkpoint*",
+    "diagnostics.metrics": f"{CORE} state algorithm backends.base",
     "diagnostics*": f"{CORE} state quantization backends* diagnostics*",
     "bench*": f"{CORE} planner* backends.cpu optimizer diagnostics* bench*",
     "nonfinite": "",
     "sharded_optimizer": f"{CORE} state engines.base checkpoint.format checkpoint.match",
-    "optimizer": f"{CORE} state backends.base engines.base nonfinite sharded_optimizer",
+    "optimizer": f"{CORE} state backends.base engines.base diagnostics.metrics nonfinite sharded_optimizer",
     "cli": "_commands",
     "_commands": f"{CORE} planner* checkpoint* diagnostics* bench.commands",
     "gradient_release": "errors engines.base optimizer",
@@ -59,13 +60,15 @@ ALLOWED = {
 PLANNER = "planner planner.activations planner.engines planner.gpus planner.memory planner.shapes"
 STANDARD_LIBRARY_ONLY = f"{CORE} {PLANNER} cli"
 TORCH_DISTRIBUTED = "engines* checkpoint* diagnostics*"
-ANYWHERE = dict.fromkeys(("typer", "rich"), "_commands planner.cli bench.commands")
+ANYWHERE = {
+    **dict.fromkeys(("typer", "rich"), "_commands planner.cli bench.commands"),
+    "transformers": "integrations.hf",
+}
 LAZILY = {
     "deepspeed": "engines.deepspeed* checkpoint.deepspeed deepspeed",
     "accelerate": "integrations.*",
-    "transformers": "integrations.*",
     "huggingface_hub": "planner.cli",
-    "matplotlib": "planner.plot bench.plot",
+    "matplotlib": "planner.plot bench.plot diagnostics.report",
     "cuda": "backends.cuda backends.nvrtc",
     "numpy": "backends.cuda backends.cpu",
 }
