@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-ADAMW = {"type": "adamw", "lr": 2e-3, "weight_decay": 0.0}  # 4e-3 and 1e-3 are worse
+pytestmark = pytest.mark.slow
+
+ADAMW = {"type": "adamw", "lr": 2e-3, "weight_decay": 0.0}  # 4e-3 is worse
 MICROADAM = {"type": "microadam", "lr": 4e-3, "density": 0.05, "window_size": 2}
 
 TestLoss = Callable[..., float]
