@@ -109,8 +109,8 @@ class Options:
         bool,
         _run(
             "--single-gpu",
-            help="The least memory on one GPU: --dtype pure-bf16 --gradient-release --gradient-checkpointing, the model "
-            "made or loaded on the GPU, and Liger-Kernel where it is installed, else --loss-chunk 512.",
+            help="The least memory on one GPU: --dtype pure-bf16 --gradient-release --gradient-checkpointing, the "
+            "model made or loaded on the GPU, Liger-Kernel where it is installed, else --loss-chunk 512.",
         ),
     ] = False
     gradient_release: Annotated[
