@@ -195,9 +195,11 @@ def _resolve_one_process(options: Options) -> Options:
     names = [name for name in ("single_gpu", "gradient_release", "loss_chunk") if getattr(options, name)]
     if not names:
         return options
-    flag, num_ranks = _flag(names[0]), int(os.environ.get("WORLD_SIZE", "1"))
-    if num_ranks > 1 or os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        raise UserError(f"{flag} is for one process without FSDP, not for {num_ranks} rank(s): start it with python")
+    flag = _flag(names[0])
+    if "RANK" in os.environ:  # one rank, too, would be wrapped in DDP, whose buckets are as large as all gradients
+        raise UserError(f"{flag} is for one process without ranks: start it with python, not torchrun")
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        raise UserError(f"{flag} is for one process without FSDP: start it with python")
     if options.deepspeed:
         raise UserError(f"{flag} and --deepspeed exclude each other: DeepSpeed reduces gradients and owns the weights")
     if options.loss_chunk and options.dtype not in (Dtype.pure_bf16, Dtype.fp32):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from torch.utils._pytree import tree_leaves
 
 from tests.launch.test_resume import assert_same_run
 from tests.launch.test_train import ROOT, TINY_LLAMA, options
-from tests.ranks import run_ranks
 from tests.text import SEQ_LEN, batch, tiny_llama
 
 LAUNCH = ROOT / "launch"
@@ -105,9 +105,15 @@ def test_chunked_loss_needs_a_llama() -> None:
 # ------------------------------------------------------------------ runs
 
 
-def _train(rank: int, world_size: int, run: dict[str, Any], shard_size: str = "2GB") -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def worker() -> Iterator[ProcessPoolExecutor]:
+    """A process of its own, as Accelerate keeps its state and the script sets environment variables."""
+    with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        yield pool
+
+
+def _train(run: dict[str, Any], shard_size: str = "2GB") -> dict[str, Any]:
     """Train; returns what was seen on the way."""
-    os.environ["LOCAL_WORLD_SIZE"] = str(world_size)
     from transformers import Trainer, TrainerCallback
 
     import train
@@ -141,8 +147,11 @@ def _train(rank: int, world_size: int, run: dict[str, Any], shard_size: str = "2
         save(self, *args, **kwargs)
         seen["saving"].append(_resident("VmHWM") - before)
 
-    train.build_trainer, Trainer._save_checkpoint, train.SHARD_SIZE = build_trainer, save_checkpoint, shard_size
-    train.train(Options(**run))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "build_trainer", build_trainer)
+        patch.setattr(train, "SHARD_SIZE", shard_size)
+        patch.setattr(Trainer, "_save_checkpoint", save_checkpoint)
+        train.train(Options(**run))
     return seen
 
 
@@ -151,10 +160,10 @@ def _resident(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(text: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_is_the_uninterrupted_one(text: Path, tmp_path: Path, worker: ProcessPoolExecutor) -> None:
     """With checkpoints in several files."""
     run = {"steps": 6, "save_steps": 3, "logging_steps": 1, "lr": 4e-3, "single_gpu": True}
-    (seen,) = run_ranks(_train, 1, options(text, tmp_path / "straight", **run), "100KB")
+    seen = worker.submit(_train, options(text, tmp_path / "straight", **run), "100KB").result()
     assert set(seen["alive"]) == {1} and len(seen["alive"]) == 6 * 12
     assert seen["dtypes"] == {torch.bfloat16} and seen["attention"] == "sdpa"
     metrics = json.loads((tmp_path / "straight" / "metrics.json").read_text())
@@ -163,17 +172,17 @@ def test_a_resumed_run_is_the_uninterrupted_one(text: Path, tmp_path: Path) -> N
     assert metrics["tokens_per_second_without_optimizer"] > metrics["tokens_per_second"]
     checkpoint = tmp_path / "straight" / "checkpoint-3"
     assert len(list(checkpoint.glob("model-*.safetensors"))) > 1
-    run_ranks(_train, 1, options(text, tmp_path / "resumed", resume=str(checkpoint), **run))
-    run_ranks(_train, 1, options(text, tmp_path / "again", **run))  # in one file, as assert_same_run reads it
+    worker.submit(_train, options(text, tmp_path / "resumed", resume=str(checkpoint), **run)).result()
+    worker.submit(_train, options(text, tmp_path / "again", **run)).result()  # in one file, as assert_same_run reads it
     assert_same_run(tmp_path / "resumed", tmp_path / "again")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_saving_takes_little_memory(text: Path, tmp_path: Path) -> None:
+def test_saving_takes_little_memory(text: Path, tmp_path: Path, worker: ProcessPoolExecutor) -> None:
     wide = TINY_LLAMA | {"hidden_size": 2048, "intermediate_size": 8192}
     (tmp_path / "model.json").write_text(json.dumps(wide))
     run = options(text, tmp_path / "run", steps=1, save_steps=1, single_gpu=True)
-    (seen,) = run_ranks(_train, 1, run | {"model_config": tmp_path / "model.json"})
+    seen = worker.submit(_train, run | {"model_config": tmp_path / "model.json"}).result()
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     kept = 2 * metrics["num_params"] + metrics["state"]["state_bytes"]
     assert kept > 100e6  # what else takes memory is little beside it
@@ -214,7 +223,7 @@ def test_refused(flag: str, name: str, text: Path) -> None:
     assert "--" + flag.replace("_", "-") in str(error.value)
 
 
-@pytest.mark.parametrize("variable", [{"WORLD_SIZE": "2"}, {"ACCELERATE_USE_FSDP": "true"}])
+@pytest.mark.parametrize("variable", [{"RANK": "0"}, {"ACCELERATE_USE_FSDP": "true"}])
 @pytest.mark.parametrize("flag", [{"single_gpu": True}, {"gradient_release": True}, {"loss_chunk": 8}])
 def test_one_process(
     flag: dict[str, Any], variable: dict[str, str], text: Path, monkeypatch: pytest.MonkeyPatch
@@ -236,14 +245,20 @@ def test_what_the_preset_stands_for(text: Path) -> None:
 # ------------------------------------------------------------------ measuring script
 
 
+def _measure(optimizer: str, model: Path, json_file: Path) -> None:
+    sys.path.insert(0, str(LAUNCH / "bench"))
+    import single_gpu
+
+    chosen = single_gpu.Choice(optimizer)
+    single_gpu.main(str(model), chosen, window_size=2, density=0.05, steps=2, seq=64, batch=1, json_file=json_file)
+
+
 @pytest.mark.parametrize("optimizer", ["microadam", "adamw"])
-def test_measured_as_planned(optimizer: str, tmp_path: Path) -> None:
-    (tmp_path / "tiny.json").write_text(json.dumps(TINY_LLAMA))
-    command = [sys.executable, str(LAUNCH / "bench" / "single_gpu.py"), "--model", str(tmp_path / "tiny.json")]
-    command += ["--optimizer", optimizer, "--window-size", "2", "--density", "0.05", "--seq", "64", "--steps", "2"]
-    run = subprocess.run([*command, "--json", str(tmp_path / "out.json")], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    found = json.loads((tmp_path / "out.json").read_text())
+def test_measured_as_planned(optimizer: str, tmp_path: Path, worker: ProcessPoolExecutor) -> None:
+    model, json_file = tmp_path / "tiny.json", tmp_path / "out.json"
+    model.write_text(json.dumps(TINY_LLAMA))
+    worker.submit(_measure, optimizer, model, json_file).result()
+    found = json.loads(json_file.read_text())
     assert found["most_gradients_alive"] == 1
     for name in ("weight_bytes", "optimizer_bytes"):
         assert found[name] == found[f"planned_{name}"]
