@@ -218,6 +218,10 @@ def _resolve_release(options: Options, flag: str) -> Options:
         )
     if options.optimizer not in (None, OptimizerName.microadam):
         raise UserError(f"{flag} needs MicroAdam, which updates one weight at a time: drop --optimizer adamw")
+    if options.dtype is Dtype.fp16:
+        raise UserError(
+            f"{flag} and --dtype fp16 exclude each other: the loss is scaled, and all gradients are looked at"
+        )
     if options.shard_state:
         raise UserError(f"{flag} and --shard-state exclude each other: the state is shared among DDP's ranks")
     return dataclasses.replace(options, clip=0.0)

@@ -221,11 +221,26 @@ def load_model(options: Options, tokenizer: PreTrainedTokenizerBase, device: tor
         raise UserError(f"the tokenizer has {len(tokenizer)} tokens, more than the vocab_size of '{source}'")
     if options.single_gpu:  # safetensors gathers a file on the host: not the whole model at once
         model.save_pretrained = functools.partial(model.save_pretrained, max_shard_size=SHARD_SIZE)
-    if chunk := options.loss_chunk or (options.single_gpu and not has_liger(options) and LOSS_CHUNK):
+    if has_liger(options):
+        require_liger(model)
+    elif options.loss_chunk or options.single_gpu:
         from chunked_loss import use_chunked_loss
 
-        use_chunked_loss(model, chunk)
+        use_chunked_loss(model, options.loss_chunk or LOSS_CHUNK)
     return model
+
+
+def require_liger(model: PreTrainedModel) -> None:
+    """Refuse what Liger-Kernel leaves as it is, in silence.
+
+    Raises:
+        UserError: a kind of model that it does not know.
+    """
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    kind = model.config.model_type
+    if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise UserError(f"--single-gpu: Liger-Kernel has nothing for '{kind}'; its logits would exist whole")
 
 
 def build_trainer(

@@ -195,7 +195,7 @@ REFUSED = {
     "clip": ({"clip": 1.0}, "cannot clip by the global norm"),
     "accumulation": ({"grad_accum": 4}, "cannot accumulate gradients"),
     "optimizer": ({"optimizer": "adamw"}, "needs MicroAdam"),
-    "dtype": ({"dtype": "bf16"}, "trains in pure-bf16"),
+    "dtype": ({"dtype": "fp16"}, "trains in pure-bf16|--dtype fp16 exclude each other"),
     "shard state": ({"shard_state": "touched"}, "--shard-state exclude each other"),
     "deepspeed": ({"deepspeed": ROOT / "configs/deepspeed/zero2_bf16.json"}, "--deepspeed exclude each other"),
 }
@@ -215,9 +215,6 @@ def test_refused(flag: str, name: str, text: Path) -> None:
     from settings import UserError
 
     contradiction, message = REFUSED[name]
-    if (flag, name) == ("gradient_release", "dtype"):  # autocast has fp32 weights whose gradients are released
-        assert resolved(text, gradient_release=True, **contradiction).clip == 0
-        return
     with pytest.raises(UserError, match=message) as error:
         resolved(text, **{flag: True}, **contradiction)
     assert "--" + flag.replace("_", "-") in str(error.value)
@@ -245,22 +242,35 @@ def test_what_the_preset_stands_for(text: Path) -> None:
 # ------------------------------------------------------------------ measuring script
 
 
-def _measure(optimizer: str, model: Path, json_file: Path) -> None:
+def _measure(optimizer: str, model: str, seq: int, json_file: Path) -> dict[str, Any]:
     sys.path.insert(0, str(LAUNCH / "bench"))
     import single_gpu
 
     chosen = single_gpu.Choice(optimizer)
-    single_gpu.main(str(model), chosen, window_size=2, density=0.05, steps=2, seq=64, batch=1, json_file=json_file)
+    single_gpu.main(model, chosen, window_size=2, density=0.05, steps=2, seq=seq, batch=1, json_file=json_file)
+    return json.loads(json_file.read_text())
+
+
+def assert_as_planned(found: dict[str, Any]) -> None:
+    assert found["most_gradients_alive"] == 1
+    for name in ("weight_bytes", "optimizer_bytes"):
+        assert found[name] == found[f"planned_{name}"]
 
 
 @pytest.mark.parametrize("optimizer", ["microadam", "adamw"])
 def test_measured_as_planned(optimizer: str, tmp_path: Path, worker: ProcessPoolExecutor) -> None:
-    model, json_file = tmp_path / "tiny.json", tmp_path / "out.json"
+    model = tmp_path / "tiny.json"
     model.write_text(json.dumps(TINY_LLAMA))
-    worker.submit(_measure, optimizer, model, json_file).result()
-    found = json.loads(json_file.read_text())
-    assert found["most_gradients_alive"] == 1
-    for name in ("weight_bytes", "optimizer_bytes"):
-        assert found[name] == found[f"planned_{name}"]
+    found = worker.submit(_measure, optimizer, str(model), 64, tmp_path / "out.json").result()
+    assert_as_planned(found)
     assert found["peak_bytes"] == pytest.approx(found["planned_peak_bytes"], rel=0.1)
     assert 0 < found["optimizer_share"] < 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu(tmp_path: Path, worker: ProcessPoolExecutor) -> None:
+    """The peak includes making the model; Liger-Kernel, where it is installed, has fewer logits than planned."""
+    found = worker.submit(_measure, "microadam", "100m", 512, tmp_path / "out.json").result()
+    assert_as_planned(found)
+    assert found["peak_bytes"] < 1.1 * found["planned_peak_bytes"]
