@@ -75,14 +75,20 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
         chunks = (tensor.split(ctx.chunk) for tensor in (hidden, targets, grad_hidden))
         for states, labels, grad_states in zip(*chunks, strict=True):
-            logits = (states @ weight.T).requires_grad_()
-            with torch.enable_grad():
-                loss = _sum_of_losses(logits, labels)
-            (grad_logits,) = torch.autograd.grad(loss, logits, grad_total)
+            grad_logits = _gradient_of_logits(states @ weight.T, labels, grad_total)
             torch.mm(grad_logits, weight, out=grad_states)
             grad_weight.addmm_(grad_logits.T, states)
+            del grad_logits  # before those of the next chunk are made
         return grad_hidden, grad_weight, None, None
 
 
 def _sum_of_losses(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
+
+
+def _gradient_of_logits(logits: Tensor, targets: Tensor, grad_total: Tensor) -> Tensor:
+    logits.requires_grad_()
+    with torch.enable_grad():
+        loss = _sum_of_losses(logits, targets)
+    (gradient,) = torch.autograd.grad(loss, logits, grad_total)
+    return gradient

@@ -16,6 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from microadam_dist.diagnostics.live_bytes import LiveBytes
 from tests.launch.test_resume import assert_same_run
 from tests.launch.test_train import ROOT, TINY_LLAMA, options
 from tests.text import SEQ_LEN, batch, tiny_llama
@@ -89,6 +90,20 @@ def test_logits_never_exist_whole(chunk: int | None, expected: int) -> None:
     with LargestLogits() as largest:
         loss_and_gradients(torch.bfloat16, chunk, labels=some_labels())
     assert largest.num_rows == expected
+
+
+def test_logits_of_one_chunk_at_a_time() -> None:
+    from chunked_loss import ChunkedCrossEntropy
+
+    weight, peaks = torch.zeros(1000, 8, dtype=torch.bfloat16, requires_grad=True), []
+    for num_chunks in (1, 4):
+        hidden = torch.zeros(num_chunks * CHUNK, 8, dtype=torch.bfloat16, requires_grad=True)
+        targets = torch.zeros(len(hidden), dtype=torch.long)
+        weight.grad = None
+        with LiveBytes() as live:
+            ChunkedCrossEntropy.apply(hidden, weight, targets, CHUNK).backward()
+        peaks.append(live.peak - hidden.nbytes)  # its gradient
+    assert peaks[1] == pytest.approx(peaks[0], rel=0.01)
 
 
 def test_chunked_loss_needs_a_llama() -> None:
