@@ -5,6 +5,7 @@ Imports neither torch nor transformers, so that `--help` and a mistyped path ans
 
 import dataclasses
 import json
+import os
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -104,6 +105,19 @@ class Options:
         ),
     ] = None
     gradient_checkpointing: Annotated[bool, _run("--gradient-checkpointing", help="Recompute activations.")] = False
+    single_gpu: Annotated[
+        bool,
+        _run(
+            "--single-gpu",
+            help="The least memory on one GPU: --dtype pure-bf16 --gradient-release --gradient-checkpointing, the "
+            "model made or loaded on the GPU, Liger-Kernel where it is installed, else --loss-chunk 512.",
+        ),
+    ] = False
+    gradient_release: Annotated[
+        bool,
+        _run("--gradient-release", help="One process: update weights in the backward pass and free each gradient."),
+    ] = False
+    loss_chunk: Annotated[int | None, _run(min=1, help="One process: tokens whose logits exist at a time.")] = None
     seed: Annotated[int, _run()] = 0
     resume: Annotated[str | None, _run(help="A checkpoint folder, or 'last': newest one in --output, if any.")] = None
     output: Annotated[Path, _output(help="Folder for final weights, metrics and logs.")]
@@ -159,6 +173,7 @@ def resolve(options: Options) -> tuple[Options, dict[str, Any] | None]:
         UserError: a missing file, or an option that contradicts another or the DeepSpeed JSON.
     """
     _check_files(options)
+    options = _resolve_one_process(options)
     config = _read_json(options.deepspeed) if options.deepspeed else None
     optimizer = config.setdefault("optimizer", {}) if config and "optimizer" in config else None
     values: dict[str, Any] = {"dtype": _dtype(options, config)}
@@ -171,6 +186,49 @@ def resolve(options: Options) -> tuple[Options, dict[str, Any] | None]:
     for name, keys in _JSON_KEYS.items():
         values[name] = _merge(options, config, name, keys)
     return dataclasses.replace(options, **values), config
+
+
+def _resolve_one_process(options: Options) -> Options:
+    """What --single-gpu stands for, and what gradient release and a chunked loss rule out."""
+    if options.single_gpu:
+        if options.dtype not in (None, Dtype.pure_bf16):
+            raise UserError(f"--single-gpu trains in pure-bf16: drop --dtype {options.dtype.value}")
+        options = dataclasses.replace(
+            options, dtype=Dtype.pure_bf16, gradient_release=True, gradient_checkpointing=True
+        )
+    names = [name for name in ("single_gpu", "gradient_release", "loss_chunk") if getattr(options, name)]
+    if not names:
+        return options
+    flag = _flag(names[0])
+    if "RANK" in os.environ:  # one rank, too, would be wrapped in DDP, whose buckets are as large as all gradients
+        raise UserError(f"{flag} is for one process without ranks: start it with python, not torchrun")
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        raise UserError(f"{flag} is for one process without FSDP: start it with python")
+    if options.deepspeed:
+        raise UserError(f"{flag} and --deepspeed exclude each other: DeepSpeed reduces gradients and owns the weights")
+    if options.loss_chunk and options.dtype not in (Dtype.pure_bf16, Dtype.fp32):
+        raise UserError("--loss-chunk has no mixed precision: add --dtype pure-bf16 or fp32")
+    return _resolve_release(options, flag) if options.gradient_release else options
+
+
+def _resolve_release(options: Options, flag: str) -> Options:
+    """No clipping by default; what needs all gradients, or an optimizer that steps them together, is refused."""
+    freed = "each gradient is freed as soon as its weight is updated"
+    if options.clip:
+        raise UserError(f"{flag} cannot clip by the global norm (--clip {options.clip}), as {freed}: use --clip 0")
+    if (options.grad_accum or 1) > 1:
+        raise UserError(
+            f"{flag} cannot accumulate gradients (--grad-accum {options.grad_accum}), as {freed}: use --batch-size"
+        )
+    if options.optimizer not in (None, OptimizerName.microadam):
+        raise UserError(f"{flag} needs MicroAdam, which updates one weight at a time: drop --optimizer adamw")
+    if options.dtype is Dtype.fp16:
+        raise UserError(
+            f"{flag} and --dtype fp16 exclude each other: the loss is scaled, and all gradients are looked at"
+        )
+    if options.shard_state:
+        raise UserError(f"{flag} and --shard-state exclude each other: the state is shared among DDP's ranks")
+    return dataclasses.replace(options, clip=0.0)
 
 
 def _check_files(options: Options) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import resource
-import sys
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import Trainer
 
-from callbacks import StepTimer
+from callbacks import OptimizerTimer, StepTimer, base_optimizer, peak_memory
 
 PACKAGES = ("microadam-dist", "torch", "deepspeed", "transformers", "accelerate")
 
@@ -37,7 +35,7 @@ class StateUse:
 
 @dataclass(frozen=True)
 class Metrics:
-    """Content of metrics.json."""
+    """Content of metrics.json; rank 0's times."""
 
     optimizer: str
     world_size: int
@@ -46,7 +44,9 @@ class Metrics:
     heldout_before: float
     heldout_after: float
     tokens_per_second: float
+    tokens_per_second_without_optimizer: float
     seconds: float
+    optimizer_seconds: float
     peak_memory_bytes: int
     state: StateUse
     train_loss: list[tuple[int, float]]
@@ -54,11 +54,18 @@ class Metrics:
     versions: dict[str, str] = field(default_factory=dict)
 
 
-def collect(trainer: Trainer, timer: StepTimer, seq_len: int, engine: str, num_params: int) -> Metrics:
+def collect(
+    trainer: Trainer,
+    timer: StepTimer,
+    optimizer_timer: OptimizerTimer,
+    tokens_a_step: int,
+    engine: str,
+    num_params: int,
+) -> Metrics:
     """Gather the numbers of a finished run; every rank must call it."""
     args, history = trainer.args, trainer.state.log_history
-    optimizer = base_optimizer(trainer)
-    sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    optimizer = base_optimizer(trainer.optimizer)
+    tokens, optimizer_seconds = timer.steps * tokens_a_step, optimizer_timer.clock.seconds()
     eval_loss = [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
     return Metrics(
         optimizer=type(optimizer).__name__,
@@ -67,22 +74,16 @@ def collect(trainer: Trainer, timer: StepTimer, seq_len: int, engine: str, num_p
         num_params=num_params,
         heldout_before=eval_loss[0][1],
         heldout_after=eval_loss[-1][1],
-        tokens_per_second=timer.steps * sequences * seq_len / timer.seconds if timer.steps else 0.0,
+        tokens_per_second=tokens / timer.seconds if tokens else 0.0,
+        tokens_per_second_without_optimizer=tokens / (timer.seconds - optimizer_seconds) if tokens else 0.0,
         seconds=timer.seconds,
+        optimizer_seconds=optimizer_seconds,
         peak_memory_bytes=max(_gather(trainer, peak_memory())),
         state=state_use(trainer, optimizer, num_params),
         train_loss=[(entry["step"], entry["loss"]) for entry in history if "loss" in entry],
         eval_loss=eval_loss,
         versions=versions(),
     )
-
-
-def base_optimizer(trainer: Trainer) -> torch.optim.Optimizer:
-    """The optimizer under the wrappers of Accelerate and DeepSpeed."""
-    optimizer = trainer.optimizer
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer
 
 
 def state_use(trainer: Trainer, optimizer: torch.optim.Optimizer, num_params: int) -> StateUse:
@@ -106,14 +107,6 @@ def state_use(trainer: Trainer, optimizer: torch.optim.Optimizer, num_params: in
 def _gather(trainer: Trainer, value: int) -> list[int]:
     """The value of every rank."""
     return trainer.accelerator.gather(torch.tensor([value], device=trainer.args.device)).tolist()
-
-
-def peak_memory() -> int:
-    """Peak bytes of this rank: GPU memory where there is one, else resident memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
 
 
 def versions() -> dict[str, str]:
@@ -144,7 +137,9 @@ def _rows(metrics: Metrics) -> list[tuple[str, str]]:
     rows = [
         ("held-out loss", f"{metrics.heldout_before:.4f} -> {metrics.heldout_after:.4f} nats a token"),
         ("speed", f"{metrics.tokens_per_second:,.0f} tokens/s"),
+        ("  without the optimizer", f"{metrics.tokens_per_second_without_optimizer:,.0f} tokens/s"),
         ("training time", f"{metrics.seconds:.1f} s"),
+        ("  of the optimizer", f"{100 * metrics.optimizer_seconds / (metrics.seconds or 1):.1f} %"),
         ("peak memory a rank", f"{metrics.peak_memory_bytes / 2**20:,.0f} MiB"),
         ("trained parameters", f"{metrics.num_params:,}"),
         ("optimizer state, all ranks", f"{state.state_bytes_per_param:.3f} bytes a parameter"),

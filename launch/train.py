@@ -5,12 +5,15 @@
     torchrun --nproc_per_node 2 launch/train.py ... --deepspeed configs/deepspeed/zero3_bf16.json
     deepspeed --num_gpus 2 launch/train.py ... --deepspeed configs/deepspeed/zero2_bf16.json
     accelerate launch --config_file configs/accelerate/fsdp2.yaml launch/train.py ...
+    python launch/train.py ... --single-gpu                             # the least memory on one GPU
 
 Ranks take GPUs where there are some, else they are CPU processes over gloo.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
 import json
 import logging
@@ -28,9 +31,12 @@ from rich.markup import escape
 from settings import Dtype, OptimizerName, Options, UserError, resolve
 
 if TYPE_CHECKING:  # imported where they are used: torch and transformers take seconds
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 IS_RANK_0 = os.environ.get("RANK", "0") == "0"
+LOSS_CHUNK = 512  # of a 7B Llama, so that recomputing one of its layers takes more memory than the logits
+SHARD_SIZE = "2GB"  # of a file of the weights
 console = Console(quiet=not IS_RANK_0)
 
 
@@ -45,22 +51,26 @@ def train(options: Options) -> None:
     from transformers import set_seed
 
     import summary
-    from callbacks import StepTimer
+    from callbacks import LossProgress, OptimizerTimer, StepTimer
 
     set_seed(args.seed)
     tokenizer, datasets = load_data(options, args)
-    model = load_model(options, tokenizer)
+    model = load_model(options, tokenizer, args.device)
     # Counted now: engines replace the parameters by shards.
     num_params = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
-    timer = StepTimer()
-    trainer = build_trainer(options, args, model, tokenizer, datasets, timer)
+    tokens_a_step = args.world_size * args.train_batch_size * args.gradient_accumulation_steps * options.seq_len
+    timer, optimizer_timer = StepTimer(), OptimizerTimer(args.device, options.gradient_release)
+    trainer = build_trainer(options, args, model, tokenizer, datasets)
+    trainer.add_callback(timer)
+    trainer.add_callback(optimizer_timer)
+    trainer.add_callback(LossProgress(timer, tokens_a_step))
     engine = find_engine(trainer, ds_config)
     trainer.train(resume_from_checkpoint=find_checkpoint(options))
     if trainer.is_fsdp_enabled:  # checkpoints are sharded, the final weights are not
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
     trainer.save_state()  # the whole log, for `microadam report`
-    metrics = summary.collect(trainer, timer, options.seq_len, engine, num_params)
+    metrics = summary.collect(trainer, timer, optimizer_timer, tokens_a_step, engine, num_params)
     if IS_RANK_0:
         summary.report(metrics, options.output, console)
 
@@ -143,6 +153,7 @@ def training_arguments(options: Options, ds_config: dict[str, Any] | None, use_c
         bf16=options.dtype is Dtype.bf16,
         fp16=options.dtype is Dtype.fp16,
         gradient_checkpointing=options.gradient_checkpointing,
+        use_liger_kernel=has_liger(options),
         seed=options.seed,
         eval_on_start=True,
         eval_strategy="steps" if options.eval_steps else "no",
@@ -159,6 +170,15 @@ def training_arguments(options: Options, ds_config: dict[str, Any] | None, use_c
     )
 
 
+def has_liger(options: Options) -> bool:
+    """Whether Liger-Kernel computes the loss, and more, instead of `chunked_loss`."""
+    import torch
+    from transformers.utils import is_liger_kernel_available
+
+    wanted = options.single_gpu and options.loss_chunk is None
+    return wanted and torch.cuda.is_available() and is_liger_kernel_available()
+
+
 def load_data(options: Options, args: TrainingArguments) -> tuple[PreTrainedTokenizerBase, dict[str, Any]]:
     """Tokenizer and packed datasets, `train_dataset` and `eval_dataset`: packed by one rank, mapped by all."""
     from data import PackedBlocks, load_tokenizer, write_blocks
@@ -172,8 +192,8 @@ def load_data(options: Options, args: TrainingArguments) -> tuple[PreTrainedToke
     return tokenizer, {f"{split}_dataset": PackedBlocks(folder / f"{split}.npy") for split in ("train", "eval")}
 
 
-def load_model(options: Options, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The pre-trained model, or a randomly initialised one.
+def load_model(options: Options, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> PreTrainedModel:
+    """The pre-trained model, or a randomly initialised one; under --single-gpu on the device from the start.
 
     Raises:
         UserError: no such model, or a tokenizer with more tokens than the model has.
@@ -187,18 +207,41 @@ def load_model(options: Options, tokenizer: PreTrainedTokenizerBase) -> PreTrain
         half |= {Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16}
     dtype = half.get(options.dtype, torch.float32)
     source = options.model_config or options.model
+    attention = {"attn_implementation": "sdpa"} if options.single_gpu else {}
     try:
-        if options.model_config:
-            fields = json.loads(options.model_config.read_text(encoding="utf-8"))
-            config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
+        with device if options.single_gpu else contextlib.nullcontext():
+            if options.model_config:
+                fields = json.loads(options.model_config.read_text(encoding="utf-8"))
+                config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype, **attention)
+            else:
+                model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype, **attention)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"cannot make a causal language model from '{source}': {error}") from None
     if len(tokenizer) > model.config.get_text_config().vocab_size:
         raise UserError(f"the tokenizer has {len(tokenizer)} tokens, more than the vocab_size of '{source}'")
+    if options.single_gpu:  # safetensors gathers a file on the host: not the whole model at once
+        model.save_pretrained = functools.partial(model.save_pretrained, max_shard_size=SHARD_SIZE)
+    if has_liger(options):
+        require_liger(model)
+    elif options.loss_chunk or options.single_gpu:
+        from chunked_loss import use_chunked_loss
+
+        use_chunked_loss(model, options.loss_chunk or LOSS_CHUNK)
     return model
+
+
+def require_liger(model: PreTrainedModel) -> None:
+    """Refuse what Liger-Kernel leaves as it is, in silence.
+
+    Raises:
+        UserError: a kind of model that it does not know.
+    """
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    kind = model.config.model_type
+    if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise UserError(f"--single-gpu: Liger-Kernel has nothing for '{kind}'; its logits would exist whole")
 
 
 def build_trainer(
@@ -207,27 +250,29 @@ def build_trainer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     datasets: dict[str, Any],
-    timer: TrainerCallback,
 ) -> Trainer:
-    """A Trainer that also evaluates at the end and shows the losses in its progress bar."""
+    """A Trainer that also evaluates at the end, without its progress bar."""
     from transformers import ProgressCallback, Trainer
 
-    from callbacks import EvaluateAtEnd, LossProgress, MarkComplete
+    from callbacks import EvaluateAtEnd, MarkComplete
     from microadam_dist.integrations.sharded import ShardedStateMixin
 
     class MicroAdamTrainer(ShardedStateMixin, Trainer):
         """Its checkpoints hold the optimizer's state under FSDP1 and --shard-state, too."""
+
+        def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+            # Trainer logs it even without clipping.
+            return None if options.gradient_release else super()._get_grad_norm(*args, **kwargs)
 
     trainer = MicroAdamTrainer(
         model=model,
         args=args,
         processing_class=tokenizer,
         optimizer_cls_and_kwargs=optimizer_and_settings(options) if options.optimizer else None,
-        callbacks=[EvaluateAtEnd(), MarkComplete(), timer],
+        callbacks=[EvaluateAtEnd(), MarkComplete()],
         **datasets,
     )
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(LossProgress())
     if options.metrics_every:
         from microadam_dist.integrations.hf import MetricsCallback
 

@@ -9,13 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+from microadam_dist.diagnostics.live_bytes import LiveBytes
 from microadam_dist.planner import memory
 from microadam_dist.planner.engines import Engine, rank_shards
 from microadam_dist.planner.memory import Job
 from tests.deepspeed.engines import initialize, make_config
 from tests.ranks import run_ranks
-
-from .live import LiveBytes
 
 WORLD_SIZE, NUM_LAYERS, WIDTH = 2, 16, 256
 LAYER, NUMEL = WIDTH**2, NUM_LAYERS * WIDTH**2
