@@ -248,6 +248,14 @@ def test_one_process(
         resolved(text, **flag)
 
 
+def test_loss_chunk_without_autocast(text: Path) -> None:
+    from settings import UserError
+
+    with pytest.raises(UserError, match="no mixed precision: add --dtype"):
+        resolved(text, loss_chunk=8)
+    assert resolved(text, loss_chunk=8, dtype="fp32").clip == 1
+
+
 def test_what_the_preset_stands_for(text: Path) -> None:
     parts = {"dtype": "pure-bf16", "gradient_release": True, "gradient_checkpointing": True}
     assert dataclasses.replace(resolved(text, single_gpu=True), single_gpu=False) == resolved(text, **parts)
