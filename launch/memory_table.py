@@ -1,10 +1,12 @@
-"""Prints the README's memory table, or the page of plans, computed by the layout arithmetic that allocates the state.
+"""Prints the README's memory tables, or the page of plans, computed by the layout arithmetic that allocates the state.
 
-python launch/memory_table.py
-python launch/memory_table.py --page > configs/models/MEMORY.md
+python launch/memory_table.py state
+python launch/memory_table.py plans
+python launch/memory_table.py page > configs/models/MEMORY.md
 """
 
 from collections.abc import Iterator
+from enum import Enum
 from typing import Annotated
 
 import typer
@@ -46,6 +48,19 @@ JOBS = {
     "ZeRO-3, fp32 copy": {"engine": Engine.zero3},
 }
 GPU_COUNTS = (1, 2, 4, 8)
+PLANNED_MODELS = ("Llama-2 7B", "Llama-2 13B")
+README_JOBS = (
+    "one GPU, bf16 weights, gradient release",
+    "DDP with sharded state, bf16 weights",
+    "FSDP1, bf16 weights",
+    "FSDP2, bf16 weights, gradient release",
+    "FSDP2, bf16 weights",
+    "ZeRO-1, fp32 copy",
+    "ZeRO-2, fp32 copy",
+    "ZeRO-2, bf16 copy",
+    "ZeRO-3, fp32 copy",
+    "ZeRO-3, bf16 copy",
+)
 # Model, window size, bytes of state a parameter: of the paper, and without a window.
 PAPER = (("Llama-2 7B", 10, 0.9), ("Llama-2 13B", 10, 0.9), ("Llama-2 7B", 1, 0.5625), ("Llama-2 13B", 1, 0.5625))
 
@@ -77,10 +92,24 @@ def state_table() -> Iterator[str]:
         yield f"| {label} | {sizes[0] / numel(models[0].parameters()):.2f} | {cells} |"
 
 
+def plan_table() -> Iterator[str]:
+    """Peaks with MicroAdam and AdamW: one row an engine, one column a model and number of GPUs."""
+    columns = [(name, count) for name in PLANNED_MODELS for count in GPU_COUNTS]
+    titles = [f"{name.split()[-1]}, {count} GPU{'s' * (count > 1)}" for name, count in columns]
+    yield f"| | {' | '.join(titles)} |"
+    yield "|---" * (len(columns) + 1) + "|"
+    for label in README_JOBS:
+        cells = []
+        for name, count in columns:
+            plans = plan(name, count, JOBS[label])
+            cells.append(f"**{plans[0].total / GIB:.1f}** / {plans[-1].total / GIB:.1f}" if plans else "")
+        yield f"| {label} | {' | '.join(cells)} |"
+
+
 INTRODUCTION = f"""\
 # Memory of full fine-tuning, planned
 
-Written by `python launch/memory_table.py --page`. One plan in detail: `microadam plan --help`.
+Written by `python launch/memory_table.py page`. One plan in detail: `microadam plan --help`.
 
 Peak of tensors on the fullest GPU in GiB (2^30 bytes) with **MicroAdam** / 8-bit AdamW / AdamW, and below it the
 smallest class of GPU that fits each: one that has room for the peak, {FRAGMENTATION:.0%} fragmentation and
@@ -103,7 +132,7 @@ bucket_size 64). It also leaves out the gradient that is alive while its weight 
 def page() -> Iterator[str]:
     """Plans for 7B and 13B, and what the paper states."""
     yield INTRODUCTION
-    for name in ("Llama-2 7B", "Llama-2 13B"):
+    for name in PLANNED_MODELS:
         yield from ("", f"## {name}", "")
         yield "| | " + " | ".join(f"{count} GPU{'s' * (count > 1)}" for count in GPU_COUNTS) + " |"
         yield "|---" * (len(GPU_COUNTS) + 1) + "|"
@@ -116,11 +145,18 @@ def page() -> Iterator[str]:
     yield from paper_rows()
 
 
+def plan(name: str, count: int, settings: dict[str, object]) -> list[Plan]:
+    """Plans with the three optimizers; none where the engine cannot use so many GPUs."""
+    if settings["engine"] is Engine.single and count > 1:
+        return []
+    return list(make_plan(LLAMAS[name], Job(gpus=count, activation_checkpointing=True, **settings)).values())
+
+
 def cell(name: str, count: int, settings: dict[str, object]) -> str:
     """Peaks and GPUs of the three optimizers."""
-    if settings["engine"] is Engine.single and count > 1:
+    plans = plan(name, count, settings)
+    if not plans:
         return ""
-    plans = make_plan(LLAMAS[name], Job(gpus=count, activation_checkpointing=True, **settings)).values()
     peaks = [f"{plan.total / GIB:.1f}" for plan in plans]
     return f"**{peaks[0]}** / {' / '.join(peaks[1:])}<br>{' / '.join(map(gpu_class, plans))} GB"
 
@@ -143,9 +179,17 @@ def paper_rows() -> Iterator[str]:
         yield f"| {name} | {window_size} | {per_param} | {stated:.1f} | {cells} |"
 
 
-def main(page_of_plans: Annotated[bool, typer.Option("--page", help="The page instead of the table.")] = False) -> None:
+class What(str, Enum):
+    """What is printed."""
+
+    state = "state"
+    plans = "plans"
+    page = "page"
+
+
+def main(what: Annotated[What, typer.Argument(help="The README's table of states or of plans, or the page.")]) -> None:
     """Print Markdown."""
-    print("\n".join(page() if page_of_plans else state_table()))
+    print("\n".join({What.state: state_table, What.plans: plan_table, What.page: page}[what]()))
 
 
 if __name__ == "__main__":

@@ -4,20 +4,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
-def memory_table(*options: str) -> str:
-    script = [sys.executable, str(ROOT / "launch" / "memory_table.py"), *options]
+def memory_table(what: str) -> str:
+    script = [sys.executable, str(ROOT / "launch" / "memory_table.py"), what]
     return subprocess.run(script, check=True, capture_output=True, text=True).stdout
 
 
-def test_memory_table_is_the_computed_one() -> None:
-    table = memory_table()
+@pytest.mark.parametrize("what", ["state", "plans"])
+def test_memory_tables_are_the_computed_ones(what: str) -> None:
+    table = memory_table(what)
     readme = (ROOT / "README.md").read_text()
-    assert f"begin -->\n{table}<!--" in readme, f"run python launch/memory_table.py and paste its output:\n{table}"
+    wanted = f"<!-- {what}: begin -->\n{table}<!-- {what}: end -->"
+    assert wanted in readme, f"run python launch/memory_table.py {what} and paste its output:\n{table}"
 
 
 def test_page_of_plans_is_the_computed_one() -> None:
     page = (ROOT / "configs" / "models" / "MEMORY.md").read_text()
-    assert memory_table("--page") == page, "run python launch/memory_table.py --page > configs/models/MEMORY.md"
+    assert memory_table("page") == page, "run python launch/memory_table.py page > configs/models/MEMORY.md"
