@@ -106,7 +106,8 @@ def test_accelerate_launch(text: Path, tmp_path: Path) -> None:
     command += ["--num_processes", "2", str(ROOT / "launch" / "train.py"), "--shard-state", "newest", "--steps", "2"]
     command += ["--model-config", str(text.with_name("model.json")), "--tokenizer", "bytes", "--data", str(text)]
     command += ["--seq-len", "64", "--output", str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}  # torchrun leaves folders for logs behind
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stdout + result.stderr
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert (metrics["engine"], metrics["world_size"]) == ("DDP", 2)

@@ -102,7 +102,8 @@ def test_launchers_and_command_line(launcher: str, text: Path, tmp_path: Path) -
     command += ["--model-config", str(text.with_name("model.json")), "--tokenizer", "bytes", "--data", str(text)]
     command += ["--seq-len", "64", "--steps", "2", "--output", str(tmp_path)]
     command += ["--deepspeed", str(ROOT / "configs" / "deepspeed" / "zero2_bf16.json")]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    # torchrun leaves folders for logs behind, where temporary files go.
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "sparse path" in result.stdout  # the table at the end
