@@ -6,13 +6,12 @@ parameters whole again after the step.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from ..errors import UnsupportedLayoutError
-from ..layout import ShardSpan, row_share
+from ..layout import row_shard, row_share
 from .base import Shard, Slot
 from .rows import RowShard, is_dtensor
 
@@ -33,10 +32,8 @@ def find_shard(slot: Slot) -> Shard | None:
     from torch.distributed.tensor import Shard as ShardPlacement
 
     mesh = slot.exchange.mesh(tensor.device.type)
-    first, end = row_share(tensor.shape[0], mesh.size(), mesh.get_local_rank())
-    row_numel = math.prod(tensor.shape[1:])
-    span = ShardSpan(fqn, tuple(tensor.shape), first * row_numel, (end - first) * row_numel)
-    return ReplicatedShard(tensor, (span,), mesh, (ShardPlacement(0),))
+    spans = row_shard(fqn, tuple(tensor.shape), mesh.size(), mesh.get_local_rank()).spans
+    return ReplicatedShard(tensor, spans, mesh, (ShardPlacement(0),))
 
 
 def whitelist(optimizer_class: type) -> None:

@@ -261,8 +261,9 @@ def _same_state(got: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
     return all(torch.equal(got[name], tensor) for name, tensor in expected.items() if name != "weights")
 
 
-def test_other_ranks_and_fsdp2_load_the_state(saved: Path) -> None:
-    run_ranks(_load_elsewhere, 3, saved)
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_other_ranks_and_fsdp2_load_the_state(world_size: int, saved: Path) -> None:
+    run_ranks(_load_elsewhere, world_size, saved)
 
 
 def _load_elsewhere(rank: int, world_size: int, saved: Path) -> None:
