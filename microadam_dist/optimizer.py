@@ -250,45 +250,40 @@ class MicroAdam(ShardedOptimizer):
     def _update(self, members: Sequence[Tensor], config: MicroAdamConfig, inputs: float | DeviceInputs) -> int | Tensor:
         """Step this rank's part of these tensors; returns the number of skipped blocks."""
         self._has_loaded_shards = False
-        shards = [self._shards[p] for p in members]
-        locals_ = [shard.param for shard in shards]
-        # Copies where a parameter is not row-major in memory.
-        flats = [local.contiguous().view(-1) for local in locals_]
-        steps = [
-            TensorStep(
-                flat,
-                shard.grad.contiguous().view(-1),
-                state,
-                self._layouts[p],
-                0 if self.capturable else int(state["step"]),
-                counter=state["step"],
-            )
-            for p, shard, flat, state in zip(members, shards, flats, map(self._unwrapped_state, members), strict=True)
-        ]
+        steps, counters, copied = [], [], []
+        for p in members:
+            shard, state = self._shards[p], self._unwrapped_state(p)
+            local, counter = shard.param, state["step"]
+            param = local.contiguous()
+            if param is not local:  # not row-major in memory
+                copied.append((local, param))
+            num_steps = 0 if self.capturable else int(counter)
+            grad = shard.grad.contiguous()
+            steps.append(TensorStep(param, grad, state, self._layouts[p], num_steps, counter=counter))
+            counters.append(counter)
         if self._meter is not None and not isinstance(inputs, DeviceInputs) and self._meter.is_due(self.param_groups):
-            sharding_groups = [shard.sharding_group for shard in shards]
+            sharding_groups = [self._shards[p].sharding_group for p in members]
             self._meter.measure(zip(steps, sharding_groups, strict=True), config, inputs)
         if isinstance(inputs, DeviceInputs):
             assert isinstance(self._backend, CapturableBackend)
             num_skipped = self._backend.step_on_device(steps, config, inputs)
         else:
             num_skipped = self._backend.step(steps, config, inputs)
-        for p, local, flat in zip(members, locals_, flats, strict=True):
-            if flat.data_ptr() != local.data_ptr():
-                local.copy_(flat.view(local.shape))
-            if not self.capturable:
-                self.state[p]["step"] += 1
+        for local, param in copied:
+            local.copy_(param)
+        if counters and not self.capturable:
+            torch._foreach_add_(counters, 1)
         # A kernel writes through a pointer; a backward pass that still needs the old values must notice.
-        torch.autograd.graph.increment_version(locals_)
+        torch.autograd.graph.increment_version([step.param for step in steps])
         return num_skipped
 
     def _prepare(self, tensors: Sequence[Tensor]) -> bool:
         """Make state where there is none, unless something is not supported; returns whether there was none at all."""
         is_first_call = not any(self.state.get(p) for p in self._layouts)  # state may have been cleared
-        for p in tensors:
-            if not self.state.get(p):
-                self._layouts.pop(p, None)
-        layouts = self._find_layouts(tensors)
+        without_state = [p for p in tensors if not self.state.get(p)]
+        for p in without_state:
+            self._layouts.pop(p, None)
+        layouts = self._find_layouts(without_state)
         for p in tensors:
             _ = self._shards[p].grad  # raises if it cannot be used
         for p, layout in layouts.items():
@@ -322,7 +317,7 @@ class MicroAdam(ShardedOptimizer):
                             "construct a new optimizer."
                         )
                 unchanged = made_for
-                if tuple(shard.param.shape) != shard.local_shape:
+                if shard.param.shape != shard.local_shape:
                     raise UnsupportedLayoutError(
                         f"parameter {shard.name!r} has shape {tuple(shard.param.shape)} now, its state was made for "
                         f"{shard.local_shape}. Construct a new optimizer after changing a parameter's shape."

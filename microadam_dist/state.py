@@ -81,9 +81,9 @@ def block_views(
     Args:
         layout: The layout ``run`` comes from.
         run: Blocks of equal length.
-        param: Flat, contiguous local tensor.
-        grad: Its gradient, flat and contiguous, or None.
-        state: The flat state tensors, by name.
+        param: Local tensor, contiguous, of any shape.
+        grad: Its gradient, likewise, or None.
+        state: The state tensors, likewise, by name.
         rows: Consecutive rows of the run.
     """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,19 +15,17 @@ from ..errors import BackendUnavailableError, ConfigError
 from ..layout import StateLayout
 
 
-@dataclass(frozen=True, slots=True)
-class TensorStep:
-    """What a backend needs to update one local tensor.
+class TensorStep(NamedTuple):
+    """What a backend needs to update one local tensor; all tensors are contiguous, of any shape.
 
     Attributes:
-        param: (numel,) fp32, bf16 or fp16, contiguous; updated in place.
-        grad: (numel,) any float dtype, contiguous; only read. None: only the weights are updated, from a window whose
+        param: fp32, bf16 or fp16; updated in place.
+        grad: As many elements, of any float dtype; only read. None: only the weights are updated, from a window whose
             newest slot has been put there, and ``state`` needs no more than that window; not for the dense path.
-        state: The state tensors named in ``layout.tensors``, contiguous, of any shape; updated in place. It may hold
-            others.
+        state: The state tensors named in ``layout.tensors``; updated in place. It may hold others.
         layout: Where the blocks lie in all of these.
         step: Steps this tensor has taken before.
-        param_copy: (numel,) bf16, contiguous, or None. A second output: wherever the layout has spans it holds the
+        param_copy: As many elements, bf16, or None. A second output: wherever the layout has spans it holds the
             parameter after the step, rounded.
         counter: 0-dim int64, or None. `CapturableBackend.step_on_device` counts the steps there instead, on the device.
     """

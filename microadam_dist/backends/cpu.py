@@ -143,13 +143,15 @@ class CpuBackend:
         """See `Backend.step`."""
         for tensor in tensors[:1]:
             self.check(config, tensor.param.device)
-        scalars = {step: _scalars(step, config, grad_scale) for step in {tensor.step for tensor in tensors}}
-        grads = [
-            tensor.grad if tensor.grad is None or tensor.grad.dtype in _DTYPES else tensor.grad.float()
-            for tensor in tensors
-        ]
+        steps = {tensor.step for tensor in tensors}
+        scalars = {step: ctypes.addressof(_scalars(step, config, grad_scale)) for step in steps}
         table = ctypes.create_string_buffer(max(1, len(tensors)) * _TENSOR.size)
-        for i, (tensor, grad) in enumerate(zip(tensors, grads, strict=True)):  # grads lives until the call is over
+        grads = []  # alive until the call is over
+        for i, tensor in enumerate(tensors):
+            grad = tensor.grad
+            if grad is not None and grad.dtype not in _DTYPES:
+                grad = grad.float()
+            grads.append(grad)
             _TENSOR.pack_into(table, i * _TENSOR.size, *self._row(tensor, grad, scalars[tensor.step]))
         settings = _Settings(config.window_size, config.bucket_size)
         num_skipped = self._library.microadam_cpu_step(
@@ -159,19 +161,20 @@ class CpuBackend:
             raise MemoryError("the CPU kernel could not allocate its scratch memory, less than 1 MB a thread.")
         return int(num_skipped)
 
-    def _row(self, tensor: TensorStep, grad: Tensor | None, scalars: _Scalars) -> tuple[int, ...]:
+    def _row(self, tensor: TensorStep, grad: Tensor | None, scalars: int) -> tuple[int, ...]:
         """The fields of `_TENSOR`."""
-        runs, state, copy = self._runs_of(tensor.layout), tensor.state, tensor.param_copy
+        param, _, state, layout, _, copy, _ = tensor
+        runs = self._runs_of(layout)
         return (
-            tensor.param.data_ptr(),
+            param.data_ptr(),
             0 if grad is None else grad.data_ptr(),
             0 if copy is None else copy.data_ptr(),
             *[state[name].data_ptr() if name in state else 0 for name in _STATE_NAMES],
             *runs.addresses,
-            ctypes.addressof(scalars),
+            scalars,
             *runs.lengths,
-            _DTYPES[tensor.param.dtype],
-            _DTYPES[tensor.param.dtype if grad is None else grad.dtype],
+            _DTYPES[param.dtype],
+            _DTYPES[param.dtype if grad is None else grad.dtype],
         )
 
     def _runs_of(self, layout: StateLayout) -> _Runs:

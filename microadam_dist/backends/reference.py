@@ -40,7 +40,7 @@ class ReferenceBackend:
             if tensor.param_copy is not None:
                 for span in tensor.layout.spans:
                     local = slice(span.offset, span.offset + span.numel)
-                    tensor.param_copy[local] = tensor.param[local]
+                    tensor.param_copy.view(-1)[local] = tensor.param.view(-1)[local]
         return int(torch.stack(skipped).sum()) if skipped else 0
 
     @staticmethod
@@ -48,7 +48,7 @@ class ReferenceBackend:
         local = slice(dense.start, dense.start + dense.numel)
         moments = slice(dense.state_start, dense.state_start + dense.numel)
         exp_avg, exp_avg_sq = (tensor.state[name].view(-1)[moments] for name in DENSE_TENSORS)
-        return adamw_step_(tensor.param[local], grad[local], exp_avg, exp_avg_sq, scalars)
+        return adamw_step_(tensor.param.view(-1)[local], grad.view(-1)[local], exp_avg, exp_avg_sq, scalars)
 
 
 def _chunks(run: BlockRun) -> Iterator[range]:

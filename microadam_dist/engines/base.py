@@ -97,8 +97,8 @@ class Shard:
 
     @property
     def param(self) -> Tensor:
-        """This rank's data; not a copy."""
-        return self.tensor.detach()
+        """This rank's data; not a copy. To be used without autograd."""
+        return self.tensor
 
     @property
     def grad(self) -> Tensor:

@@ -350,15 +350,14 @@ def _replay(rows: Sequence[tuple[Rows, Replica]], replay: Replay) -> None:
     steps, copies = [], []
     for row, replica in rows:
         whole = row.tensor.detach()
-        flat = whole.contiguous().view(-1)  # a copy where the parameter is not row-major in memory
-        window = {name: part.view(-1) for name, part in replica.window.items()}
-        steps.append(TensorStep(flat, None, window, replica.layout, row.step))
-        if flat.data_ptr() != whole.data_ptr():
-            copies.append((whole, flat))
+        contiguous = whole.contiguous()
+        steps.append(TensorStep(contiguous, None, replica.window, replica.layout, row.step))
+        if contiguous is not whole:  # not row-major in memory
+            copies.append((whole, contiguous))
         torch.autograd.graph.increment_version(whole)  # a kernel writes through a pointer
     replay(steps)
-    for whole, flat in copies:
-        whole.copy_(flat.view(whole.shape))
+    for whole, contiguous in copies:
+        whole.copy_(contiguous)
 
 
 def _comm_buckets(rows: Sequence[Rows]) -> Iterator[list[Rows]]:
