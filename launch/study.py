@@ -1,9 +1,10 @@
 """Compare optimizers: every one at its own best learning rate, several seeds, held-out data, measured state.
 
-    python launch/study.py configs/studies/finetune.yaml --output runs/finetune
+    python launch/study.py configs/studies/*.yaml --output runs/studies
 
 A study is a YAML file (configs/studies); its data are texts that are on every machine, or your own. Finished runs are
-kept in results.jsonl and never run twice, so an interrupted study goes on where it was. The report is report.html.
+kept in OUTPUT/STUDY/results.jsonl and never run twice, so an interrupted study goes on where it was. The report is
+OUTPUT/report.html.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,7 +26,16 @@ from rich.table import Table
 from settings import UserError
 from studies.config import Run, Study, cell_key, load_study
 from studies.optimizers import why_unavailable
-from studies.results import Cell, Results, Row, next_runs, summarize, without_failures
+from studies.results import (
+    Cell,
+    Results,
+    Row,
+    StudyReport,
+    baseline_loss,
+    next_runs,
+    summarize,
+    without_failures,
+)
 from studies.tasks import prepare_data, pretrain
 from studies.training import train
 from studies.workers import Failure, Job, Workers
@@ -33,18 +44,21 @@ console = Console()
 
 
 def main(
-    config: Annotated[Path, typer.Argument(help="A study as YAML; configs/studies has some.")],
+    configs: Annotated[list[Path], typer.Argument(help="Studies as YAML; configs/studies has some.")],
     output: Annotated[Path, typer.Option(help="Folder for results, report and cached data.")],
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, one thread each.")] = os.cpu_count() or 1,
     only: Annotated[str, typer.Option(help="Only these, as a pattern of TASK/OPTIMIZER: '*/MicroAdam*'.")] = "*",
     quick: Annotated[bool, typer.Option("--quick", help="The short version in the file, a minute or two.")] = False,
     report_only: Annotated[bool, typer.Option("--report-only", help="Run nothing, write the report again.")] = False,
+    markdown: Annotated[
+        Path | None, typer.Option(help="Also write RESULTS.md, with its figures, to this folder.", show_default=False)
+    ] = None,
 ) -> None:
-    """Run what is missing of a study and write its report."""
+    """Run what is missing of some studies and write their report."""
     # As Ctrl-C: the workers are ended on the way out.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        run_study(config, output, num_workers=0 if report_only else jobs, only=only, quick=quick)
+        run_studies(configs, output, num_workers=0 if report_only else jobs, only=only, quick=quick, markdown=markdown)
     except UserError as error:
         console.print(f"[bold red]Error:[/] {error}", highlight=False)
         raise typer.Exit(1) from None
@@ -53,41 +67,68 @@ def main(
         raise typer.Exit(130) from None
 
 
-def run_study(config: Path, output: Path, *, num_workers: int, only: str = "*", quick: bool = False) -> None:
+def run_studies(
+    configs: Sequence[Path],
+    output: Path,
+    *,
+    num_workers: int,
+    only: str = "*",
+    quick: bool = False,
+    markdown: Path | None = None,
+) -> None:
     """Run what is missing, unless there are no workers, and write the report.
 
     Raises:
-        UserError: The file is no study, or the data cannot be read.
+        UserError: A file is no study, or the data cannot be read.
     """
-    runner = StudyRunner(load_study(config, quick=quick), output)
+    runners = [StudyRunner(config.stem, load_study(config, quick=quick), output) for config in configs]
     if num_workers:
-        runner.run(num_workers, only)
-    runner.report()
+        if not any(runner.matching(only) for runner in runners):
+            first = runners[0].cells[0]
+            raise UserError(f"--only '{only}' matches none of TASK/OPTIMIZER, such as '{first.task}/{first.optimizer}'")
+        for runner in runners:
+            runner.run(num_workers, only)
+    from studies.report import write_html, write_markdown  # matplotlib is slow to import
+
+    reports = [runner.report() for runner in runners]
+    write_html(output / "report.html", reports)
+    console.print(f"Report: {output / 'report.html'}", highlight=False)
+    if markdown:
+        write_markdown(markdown, reports)
 
 
 class StudyRunner:
-    """A study and its output folder."""
+    """A study and where its results are.
 
-    def __init__(self, study: Study, output: Path) -> None:
+    Args:
+        name: Of its folder.
+        study: What to run.
+        output: Holds the folders of all studies, and the data and pre-trained models that they share.
+    """
+
+    def __init__(self, name: str, study: Study, output: Path) -> None:
         self.study, self.output = study, output
-        output.mkdir(parents=True, exist_ok=True)
+        folder = output / name
+        folder.mkdir(parents=True, exist_ok=True)
         self.hashes = {name: prepare_data(task, output) for name, task in study.tasks.items()}
         self.cells = [
             Cell(task, optimizer, cell_key(study, task, optimizer, self.hashes[task]))
             for task in study.tasks
             for optimizer in study.tasks[task].optimizers or study.optimizers
         ]
-        self.results = Results(output / "results.jsonl")
-        self._unavailable_path = output / "unavailable.json"
+        self.results = Results(folder / "results.jsonl")
+        self._unavailable_path = folder / "unavailable.json"
         self.unavailable: dict[str, str] = {}
         if self._unavailable_path.is_file():
             self.unavailable = json.loads(self._unavailable_path.read_text())
 
+    def matching(self, only: str) -> list[Cell]:
+        """The cells that a pattern of TASK/OPTIMIZER matches."""
+        return [cell for cell in self.cells if fnmatch(f"{cell.task}/{cell.optimizer}", only)]
+
     def run(self, num_workers: int, only: str) -> None:
         """Do every missing run of the cells that match."""
-        cells = [cell for cell in self.cells if fnmatch(f"{cell.task}/{cell.optimizer}", only)]
-        if not cells:
-            raise UserError(f"--only '{only}' matches none of TASK/OPTIMIZER, such as '{'/'.join(self.cells[0][:2])}'")
+        cells = self.matching(only)
         cells = [cell for cell in cells if next_runs(self.study, cell, without_failures(self.results.of(cell)))]
         if not cells:
             return
@@ -128,16 +169,13 @@ class StudyRunner:
             rows[cell.task].append(summarize(self.study, cell, self.results.of(cell), unavailable))
         return rows
 
-    def report(self) -> None:
-        """Print the tables and write report.html."""
-        from studies.report import baseline_loss, write_report  # matplotlib is slow to import
-
+    def report(self) -> StudyReport:
+        """Print the tables, and return what a report needs."""
         rows = self.rows()
         for name, members in rows.items():
             console.print(_table(name, members, baseline_loss(self.study, members)))
         num_runs = sum(len(self.results.of(cell)) for cell in self.cells)
-        write_report(self.output / "report.html", self.study, rows, self.hashes, num_runs)
-        console.print(f"{num_runs} runs. Report: {self.output / 'report.html'}", highlight=False)
+        return StudyReport(self.study, rows, self.hashes, num_runs)
 
 
 class Schedule:

@@ -6,6 +6,8 @@ import base64
 import io
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
 
 import matplotlib
 
@@ -17,6 +19,8 @@ from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from .results import Row
 
+matplotlib.rcParams["svg.hashsalt"] = "microadam_dist"  # the same figure is the same file
+
 _COLORS = pyplot.get_cmap("tab20").colors
 _MARKERS = "osD^vPX*<>"
 
@@ -24,9 +28,14 @@ _MARKERS = "osD^vPX*<>"
 def data_uri(figure: Figure) -> str:
     """A figure as the source of an <img>; closes it."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    pyplot.close(figure)
+    save(figure, buffer)
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def save(figure: Figure, file: Path | BinaryIO) -> None:
+    """Write a figure as SVG; closes it."""
+    figure.savefig(file, format="svg", metadata={"Date": None})
+    pyplot.close(figure)
 
 
 def _styles(rows: Sequence[Row]) -> Iterator[tuple[Row, dict[str, object]]]:

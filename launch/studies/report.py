@@ -1,9 +1,11 @@
-"""One self-contained HTML page for a study."""
+"""What studies have found, as one self-contained HTML page or as Markdown with figures beside it."""
 
 from __future__ import annotations
 
+import platform
+import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,64 +13,89 @@ import jinja2
 import yaml
 
 from . import plots
-from .config import DigitsTask, Study, Task
-from .results import Row
+from .config import DigitsTask, Task
+from .results import Row, StudyReport, baseline_loss
 
-TEMPLATE = Path(__file__).with_name("report.html.j2")
+TEMPLATES = Path(__file__).parent
 
 
-def write_report(
-    path: Path, study: Study, rows: Mapping[str, Sequence[Row]], hashes: Mapping[str, str], num_runs: int
-) -> None:
-    """Write the page.
+def write_html(path: Path, reports: Sequence[StudyReport]) -> None:
+    """Write the page, with all figures."""
+    studies = [_section(report) for report in reports]
+    for study in studies:
+        for task in study["tasks"]:
+            task["images"] = [plots.data_uri(figure) for _, figure in _figures(task)]
+    path.write_text(_render("report.html.j2", studies), encoding="utf-8")
 
-    Args:
-        path: The HTML file.
-        study: What was run.
-        rows: Name of each task -> its rows, in the order of the study.
-        hashes: Name of each task -> hash of its data.
-        num_runs: Finished runs.
-    """
-    tasks = [_task_section(study, name, rows[name], hashes[name]) for name in rows]
-    finished = [row.first for section in rows.values() for row in section if row.first]
-    versions = {version for record in finished for version in (record["torch"], record["package"])}
-    template = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
+
+def write_markdown(folder: Path, reports: Sequence[StudyReport]) -> None:
+    """Write RESULTS.md and figures/*.svg: memory against loss, and the norms of long runs."""
+    studies = [_section(report) for report in reports]
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    for study in studies:
+        for task in study["tasks"]:
+            task["images"] = []
+            for name, figure in _figures(task):
+                if name in ("memory", "traces"):
+                    path = folder / "figures" / f"{_slug(study['title'])}_{_slug(task['name'])}_{name}.svg"
+                    plots.save(figure, path)
+                    task["images"].append(path.relative_to(folder))
+    (folder / "RESULTS.md").write_text(_render("report.md.j2", studies), encoding="utf-8")
+
+
+def _render(template: str, studies: Sequence[dict[str, Any]]) -> str:
+    source = (TEMPLATES / template).read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=".html" in template, trim_blocks=True, lstrip_blocks=True)
+    python = f"Python {platform.python_version()}"
+    return environment.from_string(source).render(studies=studies, python=python)
+
+
+def _slug(text: str) -> str:
+    return re.sub("[^a-z0-9]+", "_", text.lower()).strip("_")
+
+
+def _section(report: StudyReport) -> dict[str, Any]:
+    study = report.study
+    finished = [row.first for rows in report.rows.values() for row in rows if row.first]
     settings = study.model_dump(exclude={"title", "question", "quick"}, exclude_none=True)
-    page = template.render(
-        study=study,
-        tasks=tasks,
-        num_runs=num_runs,
-        versions=sorted(versions),
-        settings=yaml.safe_dump(settings, sort_keys=False, width=110),
-    )
-    path.write_text(page, encoding="utf-8")
+    return {
+        "title": study.title,
+        "question": study.question,
+        "lr_factor": study.lr_factor,
+        "baseline": study.baseline,
+        "num_runs": report.num_runs,
+        "tasks": [_task_section(report, name) for name in report.rows],
+        "versions": sorted({version for record in finished for version in (record["torch"], record["package"])}),
+        "settings": yaml.safe_dump(settings, sort_keys=False, width=110),
+    }
 
 
-def baseline_loss(study: Study, rows: Sequence[Row]) -> float | None:
-    """Mean test loss of the study's baseline."""
-    return next((row.mean_test for row in rows if row.optimizer == study.baseline), None)
-
-
-def _task_section(study: Study, name: str, rows: Sequence[Row], data_sha256: str) -> dict[str, Any]:
-    task = study.tasks[name]
-    images = []
-    if any(row.test for row in rows):
-        figures = [plots.frontier(rows), plots.curves(rows)]
-        if study.lr_factor:
-            figures.insert(1, plots.rates(rows))
-        if task.trace_every:
-            figures.append(plots.traces(rows))
-        images = [plots.data_uri(figure) for figure in figures]
+def _task_section(report: StudyReport, name: str) -> dict[str, Any]:
+    task, rows = report.study.tasks[name], report.rows[name]
     return {
         "name": name,
         "description": _describe(task, rows),
         "rows": rows,
-        "baseline": baseline_loss(study, rows),
+        "baseline": baseline_loss(report.study, rows),
+        "searches": report.study.lr_factor is not None,
+        "has_trace": bool(task.trace_every),
         "has_accuracy": isinstance(task, DigitsTask),
-        "images": images,
         "growth": [_growth(row) for row in rows if row.first and row.first["trace"]],
-        "data_sha256": data_sha256,
+        "data_sha256": report.hashes[name],
     }
+
+
+def _figures(task: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Names and figures."""
+    rows = task["rows"]
+    if not any(row.test for row in rows):
+        return []
+    figures = [("memory", plots.frontier(rows)), ("curves", plots.curves(rows))]
+    if task["searches"]:
+        figures.insert(1, ("rates", plots.rates(rows)))
+    if task["has_trace"]:
+        figures.append(("traces", plots.traces(rows)))
+    return figures
 
 
 def _growth(row: Row) -> dict[str, Any]:

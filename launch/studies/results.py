@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -172,3 +173,24 @@ def summarize(study: Study, cell: Cell, records: dict[tuple[float, int], Record]
         first,
         tuple(at_best),
     )
+
+
+@dataclass(frozen=True)
+class StudyReport:
+    """What there is to say about a study.
+
+    Attributes:
+        rows: Name of each task -> its rows, in the order of the study.
+        hashes: Name of each task -> hash of its data.
+        num_runs: Finished runs.
+    """
+
+    study: Study
+    rows: Mapping[str, Sequence[Row]]
+    hashes: Mapping[str, str]
+    num_runs: int
+
+
+def baseline_loss(study: Study, rows: Sequence[Row]) -> float | None:
+    """Mean test loss of the study's baseline."""
+    return next((row.mean_test for row in rows if row.optimizer == study.baseline), None)

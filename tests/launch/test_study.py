@@ -49,11 +49,11 @@ def tiny_study(folder: Path, steps: int) -> Path:
 
 @pytest.mark.slow
 def test_study_resumes_and_reports_all(tmp_path: Path) -> None:
-    from study import run_study
+    from study import run_studies
 
     config, output = tiny_study(tmp_path, steps=4), tmp_path / "out"
-    results = output / "results.jsonl"
-    run_study(config, output, num_workers=1)
+    results = output / "study" / "results.jsonl"
+    run_studies([config], output, num_workers=1)
     records = [json.loads(line) for line in results.read_text().splitlines()]
     adamw = {r["lr"]: r["validation"]["loss"] for r in records if r["optimizer"] == "AdamW" and r["seed"] == 0}
     expected = [("AdamW", 1e-3, 0), ("AdamW", 1.0, 0), ("AdamW", min(adamw, key=adamw.get), 1)]
@@ -66,10 +66,12 @@ def test_study_resumes_and_reports_all(tmp_path: Path) -> None:
     # Half of the last line is lost: that run alone is done again, with the same result.
     lines = results.read_text().splitlines(keepends=True)
     results.write_text("".join(lines[:-1]) + lines[-1][:40])
-    run_study(config, output, num_workers=1)
+    run_studies([config], output, num_workers=1, markdown=tmp_path / "markdown")
     again = results.read_text().splitlines(keepends=True)
     assert again[:-1] == lines[:-1]
     assert json.loads(again[-1])["test"] == records[-1]["test"]
+    assert "[text](figures/tiny_text_memory.svg)" in (tmp_path / "markdown" / "RESULTS.md").read_text()
+    assert (tmp_path / "markdown" / "figures" / "tiny_text_memory.svg").is_file()
 
 
 @pytest.mark.slow
@@ -77,7 +79,7 @@ def test_interrupted_study_leaves_no_process(tmp_path: Path) -> None:
     config, output = tiny_study(tmp_path, steps=1_000_000), tmp_path / "out"
     command = [sys.executable, ROOT / "launch" / "study.py", config, "--output", output, "--only", "text/AdamW"]
     with subprocess.Popen([*command, "--jobs", "1"], stdout=subprocess.DEVNULL) as process:
-        while not (output / "unavailable.json").is_file():  # written when training begins
+        while not (output / "study" / "unavailable.json").is_file():  # written when training begins
             assert process.poll() is None
         children = psutil.Process(process.pid).children(recursive=True)
         assert children
