@@ -18,9 +18,9 @@ from microadam_dist.planner.memory import Job, Optimizer, Plan, make_plan, state
 from microadam_dist.planner.shapes import LLAMAS, LlamaShape, numel
 
 SETTINGS = {
-    "10, 0.01 (the paper's)": MicroAdamConfig(window_size=10, density=0.01),
+    "1, 0.1 (the default)": MicroAdamConfig(window_size=1, density=0.1),
     "2, 0.05": MicroAdamConfig(window_size=2, density=0.05),
-    "1, 0.10 (no window stored)": MicroAdamConfig(window_size=1, density=0.1),
+    "10, 0.01 (the paper's)": MicroAdamConfig(window_size=10, density=0.01),
 }
 README_MODELS = ("Llama-2 7B", "Llama-2 13B", "Llama-3 8B")
 FP32, BF16 = Precision(weight=4, master=0, compute=4), Precision(weight=2, master=0, compute=2)
@@ -114,8 +114,8 @@ Written by `python launch/memory_table.py page`. One plan in detail: `microadam 
 Peak of tensors on the fullest GPU in GiB (2^30 bytes) with **MicroAdam** / 8-bit AdamW / AdamW, and below it the
 smallest class of GPU that fits each: one that has room for the peak, {FRAGMENTATION:.0%} fragmentation and
 {CONTEXT_BYTES / GIB} GiB for CUDA (assumed) within the capacity that PyTorch reports. Batches of one sequence of 2048
-tokens on each GPU, activation checkpointing, fused attention, all logits at once; MicroAdam with window_size 10 and
-density 0.01. Weights, optimizer state and the gradients it is given are exact to the byte; buffers of the engines are
+tokens on each GPU, activation checkpointing, fused attention, all logits at once; MicroAdam with its
+default settings. Weights, optimizer state and the gradients it is given are exact to the byte; buffers of the engines are
 upper bounds. 8-bit AdamW is counted everywhere, though it does not run under all engines."""
 
 BESIDE_THE_PAPER = """
@@ -170,7 +170,7 @@ def gpu_class(plan: Plan) -> str:
 def paper_rows() -> Iterator[str]:
     """Weights, state and the largest gradient, beside the arithmetic of the paper."""
     for name, window_size, per_param in PAPER:
-        config = MicroAdamConfig(window_size=window_size)
+        config = MicroAdamConfig(window_size=window_size, density=0.01)
         job = Job(dtype=Dtype.pure_bf16, gradient_release=True, config=config)
         plan = make_plan(LLAMAS[name], job)[Optimizer.microadam]
         sizes = (plan.weights, plan.optimizer_state, plan.resident, plan.resident + plan.gradients)

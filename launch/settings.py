@@ -74,8 +74,8 @@ class Options:
     weight_decay: Annotated[float | None, _optimizer(help="Decoupled. Default 0.")] = None
     betas: Annotated[tuple[float, float] | None, _optimizer(help="Default 0.9 0.999.")] = None
     eps: Annotated[float | None, _optimizer(help="Default 1e-8.")] = None
-    window_size: Annotated[int | None, _optimizer(help="MicroAdam: sparse gradients kept. Default 10.")] = None
-    density: Annotated[float | None, _optimizer(help="MicroAdam: kept fraction of a gradient. Default 0.01.")] = None
+    window_size: Annotated[int | None, _optimizer(help="MicroAdam: sparse gradients kept. Default 1.")] = None
+    density: Annotated[float | None, _optimizer(help="MicroAdam: kept fraction of a gradient. Default 0.1.")] = None
     block_size: Annotated[int | None, _optimizer(help="MicroAdam: elements in a Top-K block. Default 4096.")] = None
     bucket_size: Annotated[int | None, _optimizer(help="MicroAdam: elements sharing one scale. Default 64.")] = None
     shard_state: Annotated[

@@ -45,8 +45,8 @@ class MicroAdamConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
-    window_size: int = 10
-    density: float = 0.01
+    window_size: int = 1
+    density: float = 0.1
     block_size: int = 4096
     bucket_size: int = 64
     ef_bits: int = 4

@@ -71,8 +71,8 @@ class MicroAdam(ShardedOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
-        window_size: int = 10,
-        density: float = 0.01,
+        window_size: int = 1,
+        density: float = 0.1,
         block_size: int = 4096,
         bucket_size: int = 64,
         ef_bits: int = 4,
@@ -116,6 +116,11 @@ class MicroAdam(ShardedOptimizer):
         super().__init__(params, defaults, exchange=exchange, counts_on_device=capturable)
         for engine in engines():
             engine.whitelist(type(self))
+
+    @staticmethod
+    def paper_defaults() -> dict[str, Any]:
+        """The window and density of the paper: ``MicroAdam(params, lr, **MicroAdam.paper_defaults())``."""
+        return {"window_size": 10, "density": 0.01}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its own settings override the defaults.

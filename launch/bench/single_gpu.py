@@ -210,8 +210,8 @@ def print_table(title: str, found: dict[str, Any]) -> None:
 def main(
     model: Annotated[str, typer.Option(help=f"{', '.join(MODELS)}, or a config.json.")],
     optimizer: Annotated[Choice, typer.Option(help="adamw and adamw8bit release gradients, too.")] = Choice.microadam,
-    window_size: Annotated[int, typer.Option(help="Of MicroAdam.")] = 10,
-    density: Annotated[float, typer.Option(help="Of MicroAdam.")] = 0.01,
+    window_size: Annotated[int, typer.Option(help="Of MicroAdam.")] = MicroAdamConfig.window_size,
+    density: Annotated[float, typer.Option(help="Of MicroAdam.")] = MicroAdamConfig.density,
     steps: Annotated[int, typer.Option(min=1, help="Timed steps, after those that fill the window.")] = 50,
     seq: Annotated[int, typer.Option(min=2, help="Tokens of a sequence.")] = 2048,
     batch: Annotated[int, typer.Option(min=1, help="Sequences of a step.")] = 1,

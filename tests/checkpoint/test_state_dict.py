@@ -19,13 +19,13 @@ from microadam_dist import CheckpointMismatchError, MicroAdam
 from microadam_dist.checkpoint.format import read_layouts
 from microadam_dist.config import SETTING_NAMES, MicroAdamConfig
 from microadam_dist.layout import ShardSpan, StateLayout
-from tests.unit.training import make_params, params_of, snapshot, steps_of, train
+from tests.unit.training import make_params, microadam, params_of, snapshot, steps_of, train
 
 SHAPES = [(40, 136), (40,), (16, 32, 3, 3)]
 
 
 def make_optimizer(dtype: torch.dtype = torch.float32, **overrides: Any) -> MicroAdam:
-    return MicroAdam(make_params(SHAPES, dtype), **{"weight_decay": 0.1, "backend": "reference", **overrides})
+    return microadam(make_params(SHAPES, dtype), **{"weight_decay": 0.1, "backend": "reference", **overrides})
 
 
 def everything(optimizer: Optimizer) -> list[Any]:
@@ -122,7 +122,7 @@ def test_resume_with_groups_of_different_settings() -> None:
             {"params": [first], "window_size": 2, "density": 0.05},
             {"params": [second, third], "lr": 0.5, "betas": (0.5, 0.9)},
         ]
-        return MicroAdam(groups)
+        return microadam(groups)
 
     optimizer = make()
     train(optimizer, range(4))
@@ -212,7 +212,7 @@ def test_state_belongs_to_parameters_by_position_whatever_the_keys(names: list[A
 
 
 def test_names_may_differ_between_save_and_load() -> None:
-    optimizer = MicroAdam([(f"module.{i}", p) for i, p in enumerate(make_params(SHAPES))], weight_decay=0.1)
+    optimizer = microadam([(f"module.{i}", p) for i, p in enumerate(make_params(SHAPES))], weight_decay=0.1)
     train(optimizer, range(4))
     again = resumed(optimizer, make_optimizer())
     train(optimizer, [4])
@@ -236,7 +236,7 @@ def test_resume_through_torch_distributed_checkpoint(options: StateDictOptions, 
     def make() -> tuple[nn.Module, MicroAdam]:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(128, 64), nn.Linear(64, 64, bias=False))
-        return model, MicroAdam(model.parameters(), weight_decay=0.1)
+        return model, microadam(model.parameters(), weight_decay=0.1)
 
     model, optimizer = make()
     train(optimizer, range(num_before))
@@ -296,7 +296,7 @@ def saved_by(optimizer: MicroAdam) -> dict[str, Any]:
 
 def other_shape() -> dict[str, Any]:
     params = [nn.Parameter(torch.ones(136, 40)), *make_params(SHAPES)[1:]]  # as many elements, other rows
-    return saved_by(MicroAdam(params))
+    return saved_by(microadam(params))
 
 
 def edited(edit: Callable[[dict[str, Any]], Any]) -> Callable[[], dict[str, Any]]:
@@ -339,8 +339,8 @@ MISMATCHES: dict[str, Callable[[], Any]] = {
     "AdamW before its first step": lambda: torch.optim.AdamW(make_params(SHAPES)).state_dict(),
     "other shape": other_shape,
     "other shape, no layout": lambda: {k: v for k, v in other_shape().items() if k != "microadam"},
-    "fewer parameters": lambda: saved_by(MicroAdam(make_params(SHAPES)[:2])),
-    "more groups": lambda: saved_by(MicroAdam([{"params": [p]} for p in make_params(SHAPES)])),
+    "fewer parameters": lambda: saved_by(microadam(make_params(SHAPES)[:2])),
+    "more groups": lambda: saved_by(microadam([{"params": [p]} for p in make_params(SHAPES)])),
     "other split into groups": edited(
         lambda saved: saved.update(param_groups=[{**saved["param_groups"][0], "params": p} for p in ([0], [1, 2])])
     ),
@@ -435,13 +435,14 @@ def test_message_says_what_is_wrong(kind: str, message: str) -> None:
 
 def test_state_dict_tells_which_part_of_which_parameter_it_describes() -> None:
     names = ["w", "b", "conv"]
-    optimizer = MicroAdam(list(zip(names, make_params(SHAPES), strict=True)), density=0.5)
+    optimizer = microadam(list(zip(names, make_params(SHAPES), strict=True)), density=0.5)
     assert read_layouts(optimizer.state_dict()["microadam"]) == {}
     train(optimizer, [0])
     layouts = read_layouts(through_a_file(optimizer.state_dict())["microadam"])
     assert layouts == {
         index: StateLayout(
-            (ShardSpan(name, shape, start=0, numel=torch.Size(shape).numel(), offset=0),), MicroAdamConfig(density=0.5)
+            (ShardSpan(name, shape, start=0, numel=torch.Size(shape).numel(), offset=0),),
+            MicroAdamConfig(window_size=10, density=0.5),
         )
         for index, (name, shape) in enumerate(zip(names, SHAPES, strict=True))
     }

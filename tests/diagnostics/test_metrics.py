@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from microadam_dist import ConfigError, MicroAdam, release_gradients
+from microadam_dist import ConfigError, release_gradients
 from microadam_dist.config import MicroAdamConfig
 from microadam_dist.layout import StateLayout, row_shard, zero3_shard, zero12_shard
 from tests.kernels.oracle import Block, ScalarMicroAdam
-from tests.unit.training import gradient, make_params, params_of, snapshot, train
+from tests.unit.training import gradient, make_params, microadam, params_of, snapshot, train
 
 SHAPES = [(40, 136), (32, 16, 3, 3), (9, 1000), (136,), (4, 8)]  # three on the Top-K path, two on the dense path
 
@@ -76,7 +76,7 @@ def test_against_scalar_arithmetic(settings: dict[str, Any]) -> None:
     config = MicroAdamConfig(**{"block_size": 200, "window_size": 4, **settings})
     oracle = ScalarMicroAdam([((10, 600), 0, 6000, 0)], config, "float32")
     structural = {name: getattr(config, name) for name in ("block_size", "window_size", "density", "ef_bits")}
-    optimizer = MicroAdam([param], metrics_every=1, **structural)
+    optimizer = microadam([param], metrics_every=1, **structural)
     optimizer.grad_scale = torch.tensor(8.0)  # as GradScaler does
     for step in range(8):
         param.grad = gradient(param, seed=step)
@@ -137,7 +137,7 @@ def test_sample_does_not_depend_on_the_sharding(world_size: int) -> None:
 
 
 def test_off_is_nothing() -> None:
-    optimizer = MicroAdam(make_params(SHAPES))
+    optimizer = microadam(make_params(SHAPES))
     train(optimizer, range(3))
     assert optimizer.metrics == {} and optimizer.metrics_every == 0
     assert optimizer._meter is None
@@ -147,7 +147,7 @@ def test_off_is_nothing() -> None:
 @pytest.mark.parametrize("every", [-1, 2.5, "50", True])
 def test_errors(every: Any) -> None:
     with pytest.raises(ConfigError, match=r"metrics_every=.* expected 0 \(off\) or a number of steps"):
-        MicroAdam(make_params(SHAPES), metrics_every=every)
+        microadam(make_params(SHAPES), metrics_every=every)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -155,7 +155,7 @@ def test_no_bit_of_the_training_changes(dtype: torch.dtype) -> None:
     for settings in ({}, {"window_size": 1}, {"density": 0.05, "weight_decay": 0.1}):
         snapshots = []
         for every in (0, 1, 3):
-            optimizer = MicroAdam(make_params(SHAPES, dtype), metrics_every=every, **settings)
+            optimizer = microadam(make_params(SHAPES, dtype), metrics_every=every, **settings)
             torch.manual_seed(1)
             train(optimizer, range(7), skip=lambda seed, index: (seed + index) % 3 == 0)
             snapshots.append([snapshot(optimizer), torch.rand(2).tolist()])  # nor that of random numbers
@@ -164,7 +164,7 @@ def test_no_bit_of_the_training_changes(dtype: torch.dtype) -> None:
 
 def test_every_third_real_step() -> None:
     """A probe for the state and a step skipped by GradScaler are none."""
-    optimizer = MicroAdam(make_params(SHAPES), metrics_every=3)
+    optimizer = microadam(make_params(SHAPES), metrics_every=3)
     for p in params_of(optimizer):
         p.grad = torch.zeros_like(p)
     optimizer.step()
@@ -182,7 +182,7 @@ def test_every_third_real_step() -> None:
 
 
 def test_copies_go_on_measuring() -> None:
-    optimizer = MicroAdam(make_params(SHAPES), metrics_every=2)
+    optimizer = microadam(make_params(SHAPES), metrics_every=2)
     train(optimizer, range(3))
     twin = copy.deepcopy(optimizer)
     train(optimizer, [3])
@@ -196,7 +196,7 @@ def test_released_gradients_give_the_same_metrics() -> None:
     for release in (False, True):
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(96, 80), torch.nn.Tanh(), torch.nn.Linear(80, 96))
-        optimizer = MicroAdam(model.parameters(), metrics_every=2)
+        optimizer = microadam(model.parameters(), metrics_every=2)
         if release:
             release_gradients(model, optimizer)
         metrics = []
@@ -213,8 +213,8 @@ def test_released_gradients_give_the_same_metrics() -> None:
 
 def test_several_calls_for_one_step() -> None:
     """As ZeRO-3 steps its sub-groups: the numbers are those of all of them together."""
-    together = MicroAdam(make_params(SHAPES), metrics_every=2)
-    apart = MicroAdam(make_params(SHAPES), metrics_every=2)
+    together = microadam(make_params(SHAPES), metrics_every=2)
+    apart = microadam(make_params(SHAPES), metrics_every=2)
     groups, params = apart.param_groups, params_of(apart)
     for seed in range(4):
         train(together, [seed])
@@ -231,7 +231,7 @@ def test_on_a_gpu_as_on_the_cpu() -> None:
     found = []
     for device in ("cpu", "cuda"):
         params = [torch.nn.Parameter(p.detach().to(device)) for p in make_params(SHAPES)]
-        optimizer = MicroAdam(params, metrics_every=1)
+        optimizer = microadam(params, metrics_every=1)
         for seed in range(5):
             for index, p in enumerate(params):
                 p.grad = gradient(p.cpu(), seed, index).to(device)

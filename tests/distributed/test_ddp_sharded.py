@@ -112,27 +112,27 @@ def _check_equal_on_all_ranks(model: nn.Module) -> None:
 
 
 def test_bytes_of_a_step(capsys: pytest.CaptureFixture[str]) -> None:
-    """At the default window and density, on 2 ranks; also shown by ``-rP``."""
+    """With the default window and density and the paper's, on 2 ranks; also shown by ``-rP``."""
     (table, _) = run_ranks(_bytes, 2)
     print("bytes a parameter and step: dense, sent; state a parameter on a rank")
     for row in table:
-        print("  {:8} {:14} wd {:4}  {:5.3f}  {:5.3f}   {:5.3f}".format(*row))
-    by_name = {row[:3]: row[3:] for row in table}
+        print("  {:8} window {:2} {:14} wd {:4}  {:5.3f}  {:5.3f}   {:5.3f}".format(*row))
+    sent = {row[:4]: row[5] for row in table}
     for dtype in map(str, DTYPES):
         for decay in (0.0, 0.1):
-            assert by_name["newest", dtype, decay][1] <= 0.06
-            assert by_name["touched", dtype, decay][1] <= 0.45
-    assert by_name["newest", "torch.bfloat16", 0.0][1] * 45 < by_name["newest", "torch.bfloat16", 0.0][0]
+            assert sent["newest", 10, dtype, decay] <= 0.06
+            assert max(sent["touched", window_size, dtype, decay] for window_size in (1, 10)) <= 0.45
 
 
 def _bytes(rank: int, world_size: int) -> list[tuple[Any, ...]]:
     table = []
-    for exchange in EXCHANGES:
+    paper = MicroAdam.paper_defaults()
+    for exchange, settings in (("touched", {}), ("touched", paper), ("newest", paper)):
         for dtype in DTYPES:
             for decay in (0.0, 0.1):
                 torch.manual_seed(0)
                 model = nn.Linear(1024, 512, bias=False).to(dtype)
-                options = {"shard_state": True, "weight_exchange": exchange}
+                options = {"shard_state": True, "weight_exchange": exchange, **settings}
                 optimizer = MicroAdam(model.named_parameters(), weight_decay=decay, **options)
                 for step in range(30):
                     if step == 15:
@@ -143,7 +143,8 @@ def _bytes(rank: int, world_size: int) -> list[tuple[Any, ...]]:
                 numel = 15 * model.weight.numel() / world_size
                 sent, dense = ((b - a) / numel for a, b in zip(before, after, strict=True))
                 state = optimizer.state_bytes().sparse_bytes / model.weight.numel()
-                table.append((exchange, str(dtype), decay, dense, sent, state))
+                window_size = optimizer.param_groups[0]["window_size"]
+                table.append((exchange, window_size, str(dtype), decay, dense, sent, state))
     return table
 
 

@@ -103,7 +103,7 @@ def _train_with(rank: int, world_size: int, environment: dict[str, str], run: di
 def test_accelerate_launch(text: Path, tmp_path: Path) -> None:
     """The command itself, with DDP, which needs no GPU."""
     command = [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file", str(CONFIGS["ddp"])]
-    command += ["--num_processes", "2", str(ROOT / "launch" / "train.py"), "--shard-state", "newest", "--steps", "2"]
+    command += ["--num_processes", "2", str(ROOT / "launch" / "train.py"), "--shard-state", "touched", "--steps", "2"]
     command += ["--model-config", str(text.with_name("model.json")), "--tokenizer", "bytes", "--data", str(text)]
     command += ["--seq-len", "64", "--output", str(tmp_path)]
     environment = {**os.environ, "TMPDIR": str(tmp_path)}  # torchrun leaves folders for logs behind

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from microadam_dist import MicroAdam
 from tests.launch.test_train import ROOT, TINY_LLAMA, _train
 from tests.ranks import RankError, run_ranks, started_ranks
 
@@ -37,6 +38,7 @@ def options(text: Path, output: Path, **more: Any) -> dict[str, Any]:
         "data": [str(text)],
         "seq_len": 64,
         "lr": 4e-3,
+        **MicroAdam.paper_defaults(),  # a window is more state to get wrong
         "steps": 12,
         "save_steps": 3,
         "logging_steps": 1,

@@ -24,7 +24,7 @@ def test_table() -> None:
     assert result.exit_code == 0, result.output
     rows = {line.split("│")[1].strip(): line.split("│")[2:5] for line in result.output.splitlines() if "│" in line}
     assert [cell.strip() for cell in rows["weights"]] == ["12.55"] * 3
-    assert [cell.strip() for cell in rows["optimizer state"]] == ["6.05", "12.75", "25.10"]
+    assert [cell.strip() for cell in rows["optimizer state"]] == ["3.53", "12.75", "25.10"]
     assert rows["smallest GPU"][0].strip() == "24 GB"
 
 

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from microadam_dist import MicroAdam
 from microadam_dist.config import MicroAdamConfig
 from microadam_dist.errors import UnsupportedLayoutError
 from microadam_dist.layout import DTYPE_BYTES, BlockGrid, BlockRun, Extent, ShardSpan, StateLayout
@@ -20,7 +21,7 @@ def whole(*shape: int, offset: int = 0) -> ShardSpan:
 
 
 def layout_of(*spans: ShardSpan, **overrides) -> StateLayout:
-    return StateLayout(spans, MicroAdamConfig(**overrides))
+    return StateLayout(spans, MicroAdamConfig(**{**MicroAdam.paper_defaults(), **overrides}))
 
 
 # ---------------------------------------------------------------- the grid
@@ -115,6 +116,7 @@ def test_bytes_per_parameter(settings_: dict, bytes_per_param: float) -> None:
 
 
 def test_documented_bytes_per_parameter() -> None:
+    assert StateLayout((whole(4096, 4096),), MicroAdamConfig()).sparse_bytes / 4096**2 == 0.5625
     assert layout_of(whole(4096, 4096)).sparse_bytes / 4096**2 == 0.962890625
     assert layout_of(whole(4096, 4096), bucket_size=256).sparse_bytes / 4096**2 == 0.916015625
     dense = layout_of(whole(4096))

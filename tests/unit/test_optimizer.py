@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from microadam_dist import ConfigError, MicroAdam, MicroAdamError, UnsupportedLayoutError
 from microadam_dist.checkpoint.format import read_layouts
 
-from .training import bits, gradient, make_params, params_of, snapshot, steps_of, train
+from .training import bits, gradient, make_params, microadam, params_of, snapshot, steps_of, train
 
 SHAPES = [(40, 136), (32, 16, 3, 3), (136,), (4, 8)]  # two on the Top-K path, two on the dense path
 
@@ -32,10 +32,10 @@ def as_tensor(lr: float) -> Tensor:
 
 @pytest.mark.parametrize("lr_type", [float, as_tensor])
 def test_lambda_lr_is_setting_lr_by_hand(lr_type: Callable[[float], Any]) -> None:
-    scheduled = MicroAdam(make_params(SHAPES), lr=lr_type(0.5), weight_decay=0.01)
+    scheduled = microadam(make_params(SHAPES), lr=lr_type(0.5), weight_decay=0.01)
     scheduler = torch.optim.lr_scheduler.LambdaLR(scheduled, lambda epoch: 0.75**epoch)
-    by_hand = MicroAdam(make_params(SHAPES), weight_decay=0.01)
-    constant = MicroAdam(make_params(SHAPES), lr=0.5, weight_decay=0.01)
+    by_hand = microadam(make_params(SHAPES), weight_decay=0.01)
+    constant = microadam(make_params(SHAPES), lr=0.5, weight_decay=0.01)
     for seed in range(6):
         train(scheduled, [seed])
         scheduler.step()
@@ -46,7 +46,7 @@ def test_lambda_lr_is_setting_lr_by_hand(lr_type: Callable[[float], Any]) -> Non
 
 
 def test_one_cycle_lr_cycles_lr_and_beta1() -> None:
-    scheduled, by_hand = MicroAdam(make_params(SHAPES), betas=(0.5, 0.99)), MicroAdam(make_params(SHAPES))
+    scheduled, by_hand = microadam(make_params(SHAPES), betas=(0.5, 0.99)), microadam(make_params(SHAPES))
     scheduler = torch.optim.lr_scheduler.OneCycleLR(scheduled, max_lr=0.1, total_steps=8)
     seen = set()
     for seed in range(8):
@@ -63,7 +63,7 @@ def test_one_cycle_lr_cycles_lr_and_beta1() -> None:
 
 def test_tensor_lr_is_read_at_every_step() -> None:
     lr = torch.tensor(0.25)
-    first, second = MicroAdam(make_params(SHAPES), lr=lr), MicroAdam(make_params(SHAPES), lr=0.25)
+    first, second = microadam(make_params(SHAPES), lr=lr), microadam(make_params(SHAPES), lr=0.25)
     train(first, range(3))
     train(second, range(3))
     assert snapshot(first) == snapshot(second)
@@ -90,7 +90,7 @@ def scaled_step(scaler: torch.amp.GradScaler, optimizer: Optimizer, seed: int, *
 
 @pytest.mark.parametrize("unscale", [False, True])
 def test_scaled_gradients_give_the_bits_of_unscaled_ones(unscale: bool) -> None:
-    scaled, plain = MicroAdam(make_params(SHAPES)), MicroAdam(make_params(SHAPES))
+    scaled, plain = microadam(make_params(SHAPES)), microadam(make_params(SHAPES))
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=2)
     for seed in range(6):
         scaled_step(scaler, scaled, seed, unscale=unscale)
@@ -102,7 +102,7 @@ def test_scaled_gradients_give_the_bits_of_unscaled_ones(unscale: bool) -> None:
 @pytest.mark.parametrize("num_before", [0, 3])
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
 def test_overflow_skips_the_whole_step(num_before: int, value: float) -> None:
-    optimizer = MicroAdam(make_params(SHAPES))
+    optimizer = microadam(make_params(SHAPES))
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     for seed in range(num_before):
         scaled_step(scaler, optimizer, seed)
@@ -123,7 +123,7 @@ def test_overflow_skips_the_whole_step(num_before: int, value: float) -> None:
 
 def test_scaler_step_without_any_gradient_does_nothing() -> None:
     """GradScaler hands over a plain 0 as ``found_inf`` then; torch's fused AdamW takes it."""
-    optimizer = MicroAdam(make_params(SHAPES))
+    optimizer = microadam(make_params(SHAPES))
     before = snapshot(optimizer)
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(torch.zeros(()))
@@ -135,7 +135,7 @@ def test_scaler_step_without_any_gradient_does_nothing() -> None:
 
 
 def test_closure_is_evaluated_with_gradients_and_its_loss_returned() -> None:
-    optimizer, plain = MicroAdam(make_params(SHAPES)), MicroAdam(make_params(SHAPES))
+    optimizer, plain = microadam(make_params(SHAPES)), microadam(make_params(SHAPES))
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -169,7 +169,7 @@ def test_memory_format_changes_no_bit(name: str, where: str, dtype: torch.dtype)
     [contiguous] = make_params([shape], dtype)
     param = nn.Parameter(strided(contiguous.detach()) if where != "gradient" else contiguous.detach().clone())
     stride, address = param.stride(), param.data_ptr()
-    optimizer, plain = MicroAdam([param], weight_decay=0.1), MicroAdam([contiguous], weight_decay=0.1)
+    optimizer, plain = microadam([param], weight_decay=0.1), microadam([contiguous], weight_decay=0.1)
     for seed in range(12):
         grad = gradient(param, seed)
         param.grad = strided(grad) if where != "parameter" else grad
@@ -183,7 +183,7 @@ def test_memory_format_changes_no_bit(name: str, where: str, dtype: torch.dtype)
 def test_gradient_is_not_touched(name: str) -> None:
     shape, strided = MEMORY_FORMATS[name]
     [param] = make_params([shape])
-    optimizer = MicroAdam([param], lr=0.1, weight_decay=0.1)
+    optimizer = microadam([param], lr=0.1, weight_decay=0.1)
     for seed in range(3):
         grad = param.grad = strided(gradient(param, seed))
         before, version = bits(grad), grad._version
@@ -195,7 +195,7 @@ def test_gradient_is_not_touched(name: str) -> None:
 def test_group_without_gradients_is_left_alone() -> None:
     trained, frozen = (torch.ones(64, 64, requires_grad=True) for _ in range(2))
     trained.grad = torch.ones_like(trained)
-    optimizer = MicroAdam([{"params": [trained]}, {"params": [frozen]}])
+    optimizer = microadam([{"params": [trained]}, {"params": [frozen]}])
     optimizer.step()
     assert int(optimizer.state[trained]["step"]) == 1
     assert frozen not in optimizer.state and torch.equal(frozen, torch.ones(64, 64))
@@ -203,7 +203,7 @@ def test_group_without_gradients_is_left_alone() -> None:
 
 def test_sparse_gradient_is_refused_before_anything_changes() -> None:
     dense, embedding = nn.Linear(128, 64), nn.Embedding(64, 128, sparse=True)
-    optimizer = MicroAdam([*dense.parameters(), *embedding.parameters()])
+    optimizer = microadam([*dense.parameters(), *embedding.parameters()])
     before = snapshot(optimizer)
     dense(embedding(torch.arange(5))).sum().backward()
     with pytest.raises(UnsupportedLayoutError, match=r"\(64, 128\) has a sparse gradient"):
@@ -222,7 +222,7 @@ def zero_gradients(optimizer: Optimizer) -> None:
 
 @pytest.mark.parametrize("num_calls", [0, 1])
 def test_first_call_with_zero_gradients_only_allocates(num_calls: int) -> None:
-    optimizer, plain = (MicroAdam(make_params(SHAPES), lr=0.1, weight_decay=0.5) for _ in range(2))
+    optimizer, plain = (microadam(make_params(SHAPES), lr=0.1, weight_decay=0.5) for _ in range(2))
     zero_gradients(optimizer)
     weights = [bits(p) for p in params_of(optimizer)]
     for _ in range(num_calls):
@@ -236,7 +236,7 @@ def test_first_call_with_zero_gradients_only_allocates(num_calls: int) -> None:
 
 
 def test_second_call_with_zero_gradients_counts() -> None:
-    optimizer = MicroAdam(make_params(SHAPES))
+    optimizer = microadam(make_params(SHAPES))
     zero_gradients(optimizer)
     optimizer.step()
     optimizer.step()
@@ -244,7 +244,7 @@ def test_second_call_with_zero_gradients_counts() -> None:
 
 
 def test_zero_gradient_after_a_real_step_counts() -> None:
-    optimizer = MicroAdam(make_params(SHAPES))
+    optimizer = microadam(make_params(SHAPES))
     train(optimizer, [0])
     zero_gradients(optimizer)
     optimizer.step()
@@ -254,7 +254,7 @@ def test_zero_gradient_after_a_real_step_counts() -> None:
 @pytest.mark.parametrize("nonzero", range(len(SHAPES)))
 def test_zero_gradient_of_some_parameters_counts(nonzero: int) -> None:
     """An embedding shard whose rows saw no token must not fall behind the other ranks."""
-    optimizer = MicroAdam([{"params": [p]} for p in make_params(SHAPES)], lr=0.25, weight_decay=0.5)
+    optimizer = microadam([{"params": [p]} for p in make_params(SHAPES)], lr=0.25, weight_decay=0.5)
     zero_gradients(optimizer)
     params = params_of(optimizer)
     before = [p.detach().clone() for p in params]
@@ -267,7 +267,7 @@ def test_zero_gradient_of_some_parameters_counts(nonzero: int) -> None:
 
 
 def test_call_without_any_gradient_does_nothing() -> None:
-    optimizer = MicroAdam(make_params(SHAPES))
+    optimizer = microadam(make_params(SHAPES))
     before = snapshot(optimizer)
     optimizer.step()
     assert snapshot(optimizer) == before
@@ -281,7 +281,7 @@ BLOCK_ROWS, BLOCK_NUMEL, NUM_KEPT = 9, 512, 6  # one block a row: 512 elements, 
 
 
 def one_block_a_row(window_size: int) -> MicroAdam:
-    return MicroAdam(make_params([(BLOCK_ROWS, BLOCK_NUMEL)]), weight_decay=0.1, window_size=window_size)
+    return microadam(make_params([(BLOCK_ROWS, BLOCK_NUMEL)]), weight_decay=0.1, window_size=window_size)
 
 
 def empty_the_slot(optimizer: MicroAdam, row: int, before: MicroAdam) -> None:
@@ -338,7 +338,7 @@ def test_largest_finite_magnitude_is_a_step_like_any_other() -> None:
 @pytest.mark.filterwarnings("ignore:MicroAdam skipped")
 @pytest.mark.parametrize("value", NOT_FINITE)
 def test_nonfinite_element_is_skipped_alone_on_the_dense_path(value: float) -> None:
-    optimizer, twin = MicroAdam(make_params([(100,)])), MicroAdam(make_params([(100,)]))
+    optimizer, twin = microadam(make_params([(100,)])), microadam(make_params([(100,)]))
     train(optimizer, range(3))
     train(twin, range(3))
     [p], [q] = params_of(optimizer), params_of(twin)
@@ -383,7 +383,7 @@ def test_dense_path_is_adamw(shape: tuple[int, ...], weight_decay: float) -> Non
     start = torch.rand(shape, generator=torch.Generator().manual_seed(1)) + 1
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
     options = {"lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": weight_decay}
-    optimizer, adamw = MicroAdam([ours], **options), torch.optim.AdamW([theirs], **options)
+    optimizer, adamw = microadam([ours], **options), torch.optim.AdamW([theirs], **options)
     for seed in range(50):
         train(optimizer, [seed])
         train(adamw, [seed])
@@ -401,8 +401,8 @@ def test_groups_are_as_independent_as_optimizers() -> None:
         {"betas": (0.5, 0.9), "eps": 1e-4},
         {"window_size": 1},
     ]
-    together = MicroAdam([{"params": [p], **o} for p, o in zip(make_params(SHAPES), own, strict=True)])
-    apart = [MicroAdam([p], **o) for p, o in zip(make_params(SHAPES), own, strict=True)]
+    together = microadam([{"params": [p], **o} for p, o in zip(make_params(SHAPES), own, strict=True)])
+    apart = [microadam([p], **o) for p, o in zip(make_params(SHAPES), own, strict=True)]
     for seed in range(6):
         train(together, [seed])
         for index, optimizer in enumerate(apart):
@@ -413,8 +413,8 @@ def test_groups_are_as_independent_as_optimizers() -> None:
 
 
 def test_parameter_without_gradient_keeps_its_own_step() -> None:
-    optimizer = MicroAdam(make_params(SHAPES), weight_decay=0.1, window_size=3)
-    alone = [MicroAdam([p], weight_decay=0.1, window_size=3) for p in make_params(SHAPES)]
+    optimizer = microadam(make_params(SHAPES), weight_decay=0.1, window_size=3)
+    alone = [microadam([p], weight_decay=0.1, window_size=3) for p in make_params(SHAPES)]
     for seed in range(8):
         for index, p in enumerate(params_of(optimizer)):
             p.grad = gradient(p, seed, index) if (seed + 1) % (index + 1) == 0 else None
@@ -430,7 +430,7 @@ def test_parameter_without_gradient_keeps_its_own_step() -> None:
 def test_frozen_parameter_has_no_state_until_it_is_thawed() -> None:
     frozen, trained = make_params(SHAPES[:2])
     frozen.requires_grad_(False)
-    optimizer = MicroAdam([frozen, trained])
+    optimizer = microadam([frozen, trained])
     start = bits(frozen)
     for seed in range(3):
         trained.grad = gradient(trained, seed)
@@ -444,7 +444,7 @@ def test_frozen_parameter_has_no_state_until_it_is_thawed() -> None:
 
 @pytest.mark.parametrize("shape", [(0,), (0, 128), (128, 0)])
 def test_empty_parameter(shape: tuple[int, ...]) -> None:
-    with_empty, without = MicroAdam(make_params([shape, *SHAPES])), MicroAdam(make_params(SHAPES))
+    with_empty, without = microadam(make_params([shape, *SHAPES])), microadam(make_params(SHAPES))
     for seed in range(3):
         for first, optimizer in ((1, with_empty), (0, without)):
             for index, p in enumerate(params_of(optimizer)[first:]):
@@ -457,8 +457,8 @@ def test_empty_parameter(shape: tuple[int, ...]) -> None:
 
 
 def test_named_parameters_step_like_unnamed_ones() -> None:
-    named = MicroAdam([(f"layer{i}", p) for i, p in enumerate(make_params(SHAPES))])
-    unnamed = MicroAdam(make_params(SHAPES))
+    named = microadam([(f"layer{i}", p) for i, p in enumerate(make_params(SHAPES))])
+    unnamed = microadam(make_params(SHAPES))
     train(named, range(3))
     train(unnamed, range(3))
     assert snapshot(named) == snapshot(unnamed)
@@ -469,7 +469,7 @@ def test_named_parameters_step_like_unnamed_ones() -> None:
 
 def test_unnamed_parameters_are_named_by_their_position_over_all_groups() -> None:
     *first, last = make_params(SHAPES)
-    optimizer = MicroAdam([{"params": first[:2]}, {"params": first[2:]}])
+    optimizer = microadam([{"params": first[:2]}, {"params": first[2:]}])
     optimizer.add_param_group({"params": [last]})
     train(optimizer, [0])
     layouts = read_layouts(optimizer.state_dict()["microadam"])
@@ -478,7 +478,7 @@ def test_unnamed_parameters_are_named_by_their_position_over_all_groups() -> Non
 
 def test_group_added_later_starts_at_its_own_first_step() -> None:
     [early, late] = make_params(SHAPES[:2])
-    optimizer, alone = MicroAdam([early]), MicroAdam(make_params(SHAPES[:2])[1:], lr=0.5)
+    optimizer, alone = microadam([early]), microadam(make_params(SHAPES[:2])[1:], lr=0.5)
     train(optimizer, range(3))
     optimizer.add_param_group({"params": [late], "lr": 0.5})
     for seed in range(3):
@@ -491,7 +491,7 @@ def test_group_added_later_starts_at_its_own_first_step() -> None:
 
 
 def test_tensor_that_is_not_in_the_model_is_refused() -> None:
-    optimizer = MicroAdam(make_params(SHAPES))
+    optimizer = microadam(make_params(SHAPES))
     train(optimizer, [0])
     before = snapshot(optimizer)
     stranger = make_params([(64, 64)])[0]
@@ -504,7 +504,7 @@ def test_tensor_that_is_not_in_the_model_is_refused() -> None:
 
 def test_parameter_that_changed_its_shape_is_refused() -> None:
     """Its state describes the old shape; a kernel would read and write past the end."""
-    optimizer = MicroAdam(make_params([(40, 136)]), backend="reference")
+    optimizer = microadam(make_params([(40, 136)]), backend="reference")
     train(optimizer, [0])
     [p] = params_of(optimizer)
     for rows in (32, 80):
@@ -518,9 +518,9 @@ def test_parameter_that_changed_its_shape_is_refused() -> None:
 
 @pytest.mark.parametrize("reset", [lambda o: o.state.clear(), lambda o: setattr(o, "state", defaultdict(dict))])
 def test_cleared_state_is_a_fresh_start(reset: Callable[[MicroAdam], None]) -> None:
-    optimizer = MicroAdam(make_params(SHAPES))
+    optimizer = microadam(make_params(SHAPES))
     train(optimizer, range(3))
-    fresh = MicroAdam([nn.Parameter(p.detach().clone()) for p in params_of(optimizer)])
+    fresh = microadam([nn.Parameter(p.detach().clone()) for p in params_of(optimizer)])
     reset(optimizer)
     train(optimizer, range(3))
     train(fresh, range(3))
@@ -528,7 +528,7 @@ def test_cleared_state_is_a_fresh_start(reset: Callable[[MicroAdam], None]) -> N
 
 
 def test_state_bytes_is_what_was_allocated() -> None:
-    optimizer = MicroAdam(make_params(SHAPES))
+    optimizer = microadam(make_params(SHAPES))
     assert optimizer.state_bytes() == (0, 0, 0, 0)
     train(optimizer, [0])
     tensors = [(name, t) for p in params_of(optimizer) for name, t in optimizer.state[p].items() if name != "step"]
@@ -549,7 +549,7 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("num_before", [0, 5])
 @pytest.mark.parametrize("how", COPIES)
 def test_copy_continues_bit_for_bit_and_on_its_own(how: str, num_before: int) -> None:
-    original, untouched = MicroAdam(make_params(SHAPES), window_size=3), MicroAdam(make_params(SHAPES), window_size=3)
+    original, untouched = microadam(make_params(SHAPES), window_size=3), microadam(make_params(SHAPES), window_size=3)
     train(original, range(num_before))
     train(untouched, range(num_before))
     copied = COPIES[how](original)
@@ -563,7 +563,7 @@ def test_copy_continues_bit_for_bit_and_on_its_own(how: str, num_before: int) ->
 @pytest.mark.parametrize("how", COPIES)
 def test_copy_of_model_and_optimizer_stay_together(how: str) -> None:
     model = nn.Sequential(nn.Linear(128, 64), nn.Linear(64, 64))
-    optimizer = MicroAdam(model.named_parameters(), lr=0.1)
+    optimizer = microadam(model.named_parameters(), lr=0.1)
     train(optimizer, [0])
     model_copy, optimizer_copy = COPIES[how]((model, optimizer))
     train(optimizer, [1])
@@ -574,7 +574,7 @@ def test_copy_of_model_and_optimizer_stay_together(how: str) -> None:
 
 
 def test_setting_that_became_invalid_changes_nothing() -> None:
-    optimizer = MicroAdam([{"params": [p]} for p in make_params(SHAPES)])
+    optimizer = microadam([{"params": [p]} for p in make_params(SHAPES)])
     train(optimizer, range(2))
     before = snapshot(optimizer)
     optimizer.param_groups[-1]["lr"] = torch.nan

@@ -6,11 +6,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+from microadam_dist import MicroAdam
 
 
 def make_params(shapes: Iterable[tuple[int, ...]], dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
     return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
+
+
+def microadam(params: ParamsT, **settings: Any) -> MicroAdam:
+    """With the paper's settings unless others are given: a window is more state to get wrong than the default has."""
+    return MicroAdam(params, **{**MicroAdam.paper_defaults(), **settings})
 
 
 def params_of(optimizer: Optimizer) -> list[nn.Parameter]:
