@@ -114,9 +114,9 @@ Written by `python launch/memory_table.py page`. One plan in detail: `microadam 
 Peak of tensors on the fullest GPU in GiB (2^30 bytes) with **MicroAdam** / 8-bit AdamW / AdamW, and below it the
 smallest class of GPU that fits each: one that has room for the peak, {FRAGMENTATION:.0%} fragmentation and
 {CONTEXT_BYTES / GIB} GiB for CUDA (assumed) within the capacity that PyTorch reports. Batches of one sequence of 2048
-tokens on each GPU, activation checkpointing, fused attention, all logits at once; MicroAdam with its
-default settings. Weights, optimizer state and the gradients it is given are exact to the byte; buffers of the engines are
-upper bounds. 8-bit AdamW is counted everywhere, though it does not run under all engines."""
+tokens on each GPU, activation checkpointing, fused attention, all logits at once; MicroAdam with its default settings.
+Weights, optimizer state and the gradients it is given are exact to the byte; buffers of the engines are upper bounds.
+8-bit AdamW is counted everywhere, though it does not run under all engines."""
 
 BESIDE_THE_PAPER = """
 ## Beside the paper
