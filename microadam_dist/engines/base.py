@@ -107,13 +107,14 @@ class Shard:
         Raises:
             UnsupportedLayoutError: The gradient is sparse, or distributed in another way than the parameter.
         """
-        assert self.tensor.grad is not None  # callers ask for tensors that have one
-        if self.tensor.grad.is_sparse:
+        grad = self.tensor.grad
+        assert grad is not None  # callers ask for tensors that have one
+        if grad.is_sparse:
             raise UnsupportedLayoutError(
                 f"parameter {self.name!r} of shape {tuple(self.tensor.shape)} has a sparse gradient; "
                 "use an embedding with sparse=False."
             )
-        return self.tensor.grad
+        return grad
 
     @property
     def has_final_grad(self) -> bool:
