@@ -19,6 +19,7 @@ constexpr int kChunks = MICROADAM_CHUNKS;
 constexpr int kWarps = kThreads / 32;
 constexpr int kSection = kThreads * kVector;
 constexpr int kNumBins = 256;
+constexpr int kCountsPerLane = (kChunks * kWarps + 31) / 32;
 
 #ifdef MICROADAM_HARNESS
 // One build of the harness runs all settings. Small capacities, so that tests exceed them.
@@ -48,7 +49,7 @@ struct Block {
 
 // The elements of a chunk that are kept.
 struct Kept {
-  uint32 mask;   // one bit for each
+  uint32 mask;   // one bit for each, see bit_of
   int position;  // how many are kept before them in the block ...
   int section;   // ... and before their section
 };
@@ -58,10 +59,10 @@ struct Shared {
   alignas(16) float m_sums[kSection];
   alignas(16) float v_sums[kSection];
   alignas(16) uint32 coarse[kNumBins];
-  alignas(16) uint32 fine[kNumBins];
+  alignas(16) uint32 fine[kNumBins + 32];  // the last ones count what nobody asks for, one for each lane
   uint32 staged[kStageCapacity];  // the whole window: index | value << 16
   uint32 list[kListCapacity];     // kept elements: place in the section | value << 16
-  uint32 warp_counts[kChunks * kWarps];
+  uint32 warp_counts[32 * kCountsPerLane];  // kChunks * kWarps of them are used
   uint32 found_bin, found_rank;
   int32 section_kept;
   Scalars scalars;
@@ -69,6 +70,8 @@ struct Shared {
 };
 
 __device__ __forceinline__ int first_element(int chunk) { return (chunk * kThreads + threadIdx.x) * kVector; }
+
+__device__ __forceinline__ uint32 code_offset(int element) { return static_cast<uint32>(element) / 2; }
 
 __device__ __forceinline__ int64 offset_of(const Extent& extent, uint32 row, uint32 col) {
   return extent.start + row * extent.row_stride + col * extent.size;

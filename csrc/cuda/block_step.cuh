@@ -28,13 +28,15 @@ __device__ __forceinline__ void block_step(const Launch& launch, Shared& s) {
   __syncthreads();
   sum_slots(0, launch, s);
 
+  uint32 packed[kChunks][kVector / 2];
+  pack(a, packed);
   Threshold threshold;
-  if (!find_threshold(a, s.block.numel, s.block.num_kept, &threshold, s)) {
+  if (!find_threshold(a, packed, s.block.numel, s.block.num_kept, &threshold, s)) {
     skip_block(launch, s);
     return;
   }
   Kept kept[kChunks];
-  mark_kept(a, threshold, kept, s);
+  mark_kept(packed, threshold, kept, s);
 
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
@@ -44,7 +46,7 @@ __device__ __forceinline__ void block_step(const Launch& launch, Shared& s) {
       __syncthreads();
       sum_slots(c, launch, s);
     }
-    take_kept(c, a[c], kept[c], s);
+    take_kept(c, packed[c], kept[c], a[c], s);
     if (buckets_fit_warps()) encode_chunk<kAligned>(s.block, c, a[c]);
     update_slots(c, s);
     __syncthreads();

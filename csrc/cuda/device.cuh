@@ -60,12 +60,46 @@ __device__ __forceinline__ float max_or_nan(float a, float b) {
   return result;
 }
 
+// A constant that an instruction gets from a register, because another one is in its own bits.
+__device__ __forceinline__ uint32 in_register(uint32 x) {
+  asm("mov.b32 %0, %0;" : "+r"(x));
+  return x;
+}
+
+// Two codes of 4 bits before those that are there: clip(first, 0, 15) in the lowest bits, then clip(second, 0, 15).
+__device__ __forceinline__ uint32 put_first(uint32 codes, int32 first, int32 second) {
+  uint32 result;
+  asm("cvt.pack.sat.u4.s32.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(second), "r"(first), "r"(codes));
+  return result;
+}
+
+// x plus that of the lane `distance` before, if there is one.
+__device__ __forceinline__ uint32 add_from_lane_before(uint32 x, int distance) {
+  asm volatile(
+      "{\n"
+      "  .reg .pred is_there;\n"
+      "  .reg .u32 other;\n"
+      "  shfl.sync.up.b32 other|is_there, %0, %1, 0, 0xffffffff;\n"
+      "  @is_there add.u32 %0, %0, other;\n"
+      "}"
+      : "+r"(x)
+      : "r"(distance));
+  return x;
+}
+
 // A barrier among the first threads of a block; `count` is a multiple of 32.
 __device__ __forceinline__ void sync_first_threads(int count) {
   asm volatile("bar.sync 1, %0;" ::"r"(count) : "memory");
 }
 
 #endif
+
+// The sum over the lanes of a warp up to this one.
+__device__ __forceinline__ uint32 sum_up_to_lane(uint32 x) {
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) x = add_from_lane_before(x, distance);
+  return x;
+}
 
 // The compiler cannot know where a pointer leads that lay in shared memory.
 template <class T>

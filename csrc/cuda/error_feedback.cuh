@@ -7,38 +7,51 @@ namespace microadam {
 
 constexpr float kLevels = 15.f;
 
-// Code number j of eight as a number: its bits become the last ones of a mantissa.
-__device__ __forceinline__ float code_at(uint32 codes, int j) {
-  const uint32 half = j < 4 ? codes : codes >> 16;
-  const uint32 power = (150u - 4 * (j % 4)) << 23;  // 2^(23 - 4 (j % 4)), whose last bit j % 4 nibbles up is worth 1
-  return as_float((half & (15u << (4 * (j % 4)))) | power) - as_float(power);
+// Code number j of eight times step_q, rounded once. The code's bits become the last ones of 2^23 + code; what 2^23 adds
+// to the product is subtracted again without an error.
+__device__ __forceinline__ float times_code(uint32 codes, int j, float step_q) {
+  const uint32 power = in_register(0x4b000000u);  // 2^23
+  const uint32 one_a_byte = (j % 2 == 0 ? codes : codes >> 4) & 0x0f0f0f0fu;
+  const float number = as_float(__byte_perm(one_a_byte, power, 0x7440 | j / 2));
+  return __fmaf_rn(number, step_q, -(as_float(power) * step_q));
 }
+
+__device__ __forceinline__ int32 bucket_of(int element) {
+  return static_cast<uint32>(element) / static_cast<uint32>(kBucketSize);
+}
+
+// (hi - lo) / 15
+__device__ __forceinline__ float step_of(Bf16 lo, Bf16 hi) { return __fdiv_rn(to_float(hi) - to_float(lo), kLevels); }
 
 // a = g * grad_scale + (codes * step_q + lo), zero beyond the block.
 template <bool kAligned>
 __device__ __forceinline__ void accumulate(const Block& block, float grad_scale,
                                            float (&a)[kChunks][kVector]) {
   uint32 codes[kChunks];
+  Bf16 lo[kChunks], hi[kChunks];  // of the bucket of the first element, most often of all
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
     const int first = first_element(c);
     load_first<kAligned>(a[c], in_global(block.grad) + first, block.numel - first);
-    codes[c] = load_codes<kAligned>(in_global(block.codes) + first / 2, block.numel - first);
+    codes[c] = load_codes<kAligned>(in_global(block.codes) + code_offset(first), block.numel - first);
+    if (first >= block.numel) continue;
+    lo[c] = in_global(block.bucket_lo)[bucket_of(first)];
+    hi[c] = in_global(block.bucket_hi)[bucket_of(first)];
   }
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
     const int first = first_element(c);
     if (first >= block.numel) continue;
-    float lo = 0.f, step_q = 0.f;
+    float lowest = to_float(lo[c]), step_q = step_of(lo[c], hi[c]);
 #pragma unroll
     for (int j = 0; j < kVector; ++j) {
       if (!kAligned && first + j >= block.numel) continue;
-      if (j == 0 || kBucketSize % kVector != 0) {
-        const int bucket = (first + j) / kBucketSize;
-        lo = to_float(in_global(block.bucket_lo)[bucket]);
-        step_q = __fdiv_rn(to_float(in_global(block.bucket_hi)[bucket]) - lo, kLevels);
+      if (j > 0 && kBucketSize % kVector != 0) {
+        const int bucket = bucket_of(first + j);
+        lowest = to_float(in_global(block.bucket_lo)[bucket]);
+        step_q = step_of(in_global(block.bucket_lo)[bucket], in_global(block.bucket_hi)[bucket]);
       }
-      a[c][j] = a[c][j] * grad_scale + (code_at(codes[c], j) * step_q + lo);
+      a[c][j] = a[c][j] * grad_scale + (times_code(codes[c], j, step_q) + lowest);
     }
   }
 }
@@ -60,11 +73,11 @@ __device__ __forceinline__ Range make_range(float low, float high) {
   return range;
 }
 
-// A number whose last bits are clip(rint((a - lo) * (15 / (hi - lo))), 0, 15), and kCodeBits above them.
-constexpr uint32 kCodeBits = 0x4b400000u;  // 1.5 * 2^23, whose last bit is worth 1
-__device__ __forceinline__ uint32 code_of(float a, const Range& range) {
+// rint((a - lo) * (15 / (hi - lo))), or any negative number if it is negative: the bits of a subnormal number count in
+// steps of the smallest one.
+__device__ __forceinline__ int32 level_of(float a, const Range& range) {
   const float scaled = (a - range.lowest) * range.inverse;
-  return float_bits(fminf(fmaxf(scaled, 0.f), kLevels) + as_float(kCodeBits));
+  return static_cast<int32>(float_bits(scaled * as_float(1u)));
 }
 
 // Whether a bucket lies in the same chunk of one thread or of neighbouring threads of a warp.
@@ -76,13 +89,16 @@ __device__ __forceinline__ bool buckets_fit_warps() {
 template <bool kAligned>
 __device__ __forceinline__ void encode_chunk(const Block& block, int c, const float (&a)[kVector]) {
   const int first = first_element(c), count = block.numel - first;
-  float low = as_float(kInfBits), high = -low;
+  float low = a[0], high = a[0];
 #pragma unroll
-  for (int j = 0; j < kVector; ++j) {
-    if (kAligned ? count > 0 : j < count) {
-      low = fminf(low, a[j]);
-      high = fmaxf(high, a[j]);
-    }
+  for (int j = 1; j < kVector; ++j) {
+    if (!kAligned && j >= count) continue;
+    low = fminf(low, a[j]);
+    high = fmaxf(high, a[j]);
+  }
+  if (count <= 0) {
+    low = as_float(kInfBits);
+    high = -low;
   }
 #pragma unroll
   for (int distance = 1; distance * kVector < kBucketSize; distance *= 2) {
@@ -93,12 +109,11 @@ __device__ __forceinline__ void encode_chunk(const Block& block, int c, const fl
   const Range range = make_range(low, high);
   uint32 codes = 0;
 #pragma unroll
-  for (int j = kVector - 1; j >= 0; --j) codes = codes * 16u + code_of(a[j], range);
-  codes -= kCodeBits * 0x11111111u;  // what is above the four bits of each, modulo 2^32
-  store_codes<kAligned>(in_global(block.codes) + first / 2, codes, count);
-  if (first % kBucketSize == 0) {
-    in_global(block.bucket_lo)[first / kBucketSize] = range.lo;
-    in_global(block.bucket_hi)[first / kBucketSize] = range.hi;
+  for (int j = kVector - 2; j >= 0; j -= 2) codes = put_first(codes, level_of(a[j], range), level_of(a[j + 1], range));
+  store_codes<kAligned>(in_global(block.codes) + code_offset(first), codes, count);
+  if (static_cast<uint32>(first) % static_cast<uint32>(kBucketSize) == 0) {
+    in_global(block.bucket_lo)[bucket_of(first)] = range.lo;
+    in_global(block.bucket_hi)[bucket_of(first)] = range.hi;
   }
 }
 
@@ -131,7 +146,7 @@ __device__ __forceinline__ void encode_any(const Block& block, const float (&a)[
     for (int c = 0; c < kChunks; ++c) {
 #pragma unroll
       for (int j = 0; j < kVector; ++j) {
-        const int bucket = (first_element(c) + j) / kBucketSize - first_bucket;
+        const int bucket = bucket_of(first_element(c) + j) - first_bucket;
         if (first_element(c) + j >= block.numel || bucket < 0 || bucket >= count) continue;
         atomicMin(&low[bucket], ordered(a[c][j]));
         atomicMax(&high[bucket], ordered(a[c][j]));
@@ -147,17 +162,17 @@ __device__ __forceinline__ void encode_any(const Block& block, const float (&a)[
     for (int c = 0; c < kChunks; ++c) {
 #pragma unroll
       for (int j = 0; j < kVector; ++j) {
-        const int bucket = (first_element(c) + j) / kBucketSize - first_bucket;
+        const int bucket = bucket_of(first_element(c) + j) - first_bucket;
         if (first_element(c) + j >= block.numel || bucket < 0 || bucket >= count) continue;
         const Range range = make_range(from_ordered(low[bucket]), from_ordered(high[bucket]));
-        codes[c] |= (code_of(a[c][j], range) & 15u) << (4 * j);
+        codes[c] |= put_first(0, level_of(a[c][j], range), 0) << (4 * j);
       }
     }
   }
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
     const int first = first_element(c);
-    if (first < block.numel) store_codes<kAligned>(in_global(block.codes) + first / 2, codes[c], block.numel - first);
+    if (first < block.numel) store_codes<kAligned>(in_global(block.codes) + code_offset(first), codes[c], block.numel - first);
   }
 }
 

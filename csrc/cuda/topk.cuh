@@ -12,15 +12,18 @@ namespace microadam {
 constexpr int kMantissaBits = 7;
 constexpr uint32 kNotFinite = 187u << kMantissaBits;  // the key of 2^60: from here on a magnitude is not finite
 
-// The bin of a key in the coarse count; all that is not finite lies in the last one.
-constexpr uint32 kFirstBin = kNumBins - 1 - (kNotFinite >> kMantissaBits);
-__device__ __forceinline__ uint32 coarse_bin(float magnitude) {
-  return min((bf16_bits(magnitude) >> kMantissaBits) + kFirstBin, kNumBins - 1u);
+// Bins begin with the largest keys. In the coarse count all that is not finite lies in the first one.
+__device__ __forceinline__ int32 coarse_bin(float magnitude) {
+  return max(static_cast<int32>(kNotFinite >> kMantissaBits) - (bf16_bits(magnitude) >> kMantissaBits), 0);
 }
 
-// The smallest magnitude that rounds to the bf16 number with these bits, or above.
-__device__ __forceinline__ float rounds_up_to(uint32 key) {
-  return as_float(key == 0 ? 0u : (key << 16) - 0x8000u + (key & 1u));
+// The keys of a chunk with their signs: bf16(a), two to a word.
+__device__ __forceinline__ void pack(const float (&a)[kChunks][kVector], uint32 (&packed)[kChunks][kVector / 2]) {
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) {
+#pragma unroll
+    for (int i = 0; i < kVector / 2; ++i) packed[c][i] = bf16_pair(a[c][2 * i], a[c][2 * i + 1]);
+  }
 }
 
 // Finds the bin with the element number `rank` (1: the largest) and its rank inside the bin. For one warp.
@@ -33,22 +36,17 @@ __device__ __forceinline__ void find_rank(const uint32* bins, uint32 rank, Share
   uint32 own = 0;
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) own += counts[i];
-  uint32 from_here = own;  // elements in the bins of this lane and above
-#pragma unroll
-  for (int distance = 1; distance < 32; distance *= 2) {
-    const uint32 other = __shfl_down_sync(kFullWarp, from_here, distance);
-    if (lane + distance < 32) from_here += other;
-  }
-  uint32 above = from_here - own;
-  if (above >= rank || rank > from_here) return;
+  const uint32 up_to_here = sum_up_to_lane(own);
+  uint32 before = up_to_here - own;
+  if (before >= rank || up_to_here < rank) return;
   uint32 bin = 0, rank_in_bin = 0;
 #pragma unroll
-  for (int i = kPerLane - 1; i >= 0; --i) {  // the last one that does not have enough above it
-    if (above < rank) {
+  for (int i = 0; i < kPerLane; ++i) {  // the last one that does not have enough before it
+    if (before < rank) {
       bin = lane * kPerLane + i;
-      rank_in_bin = rank - above;
+      rank_in_bin = rank - before;
     }
-    above += counts[i];
+    before += counts[i];
   }
   s.found_bin = bin;
   s.found_rank = rank_in_bin;
@@ -71,16 +69,19 @@ __device__ __forceinline__ void count_coarse(const float (&a)[kChunks][kVector],
   }
 }
 
-// Counts the elements with a key from `base` on, by key; all far above it in the last bin.
-__device__ __forceinline__ void count_fine(const float (&a)[kChunks][kVector], uint32 base, Shared& s) {
-  const float bound = rounds_up_to(base);
+// Counts the elements with a key from `base` on, by key; all far above it in the first bin.
+__device__ __forceinline__ void count_fine(const uint32 (&packed)[kChunks][kVector / 2], uint32 base, Shared& s) {
+  const int32 largest = static_cast<int32>(base) + kNumBins - 1, ignored = kNumBins + threadIdx.x % 32;
+  const auto count = [&](uint32 key) {  // without a branch
+    atomicAdd(&s.fine[min(max(largest - static_cast<int32>(key), 0), ignored)], 1u);
+  };
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
 #pragma unroll
-    for (int j = 0; j < kVector; ++j) {
-      if (fabsf(a[c][j]) >= bound) {
-        atomicAdd(&s.fine[min(bf16_bits(fabsf(a[c][j])) - base, kNumBins - 1u)], 1u);
-      }
+    for (int i = 0; i < kVector / 2; ++i) {
+      const uint32 keys = packed[c][i] & 0x7fff7fffu;
+      count(keys & 0xffffu);
+      count(keys >> 16);
     }
   }
 }
@@ -96,23 +97,24 @@ struct Threshold {
 };
 
 // The bins are clear. Returns false when an element is not finite.
-__device__ __forceinline__ bool find_threshold(const float (&a)[kChunks][kVector], int numel, int num_kept,
+__device__ __forceinline__ bool find_threshold(const float (&a)[kChunks][kVector],
+                                               const uint32 (&packed)[kChunks][kVector / 2], int numel, int num_kept,
                                                Threshold* threshold, Shared& s) {
   bool all = num_kept > (numel + kVector - 1) / kVector;
   for (;;) {
     count_coarse(a, numel, all, s);
     __syncthreads();
-    if (s.coarse[kNumBins - 1] != 0) return false;
+    if (s.coarse[0] != 0) return false;
     if (threadIdx.x < 32) find_rank(s.coarse, num_kept, s);
     __syncthreads();
-    const uint32 base = (s.found_bin - kFirstBin) << kMantissaBits;
-    count_fine(a, base, s);
+    const uint32 base = kNotFinite - (s.found_bin << kMantissaBits);
+    count_fine(packed, base, s);
     __syncthreads();
     if (threadIdx.x < 32) find_rank(s.fine, num_kept, s);
     __syncthreads();
-    threshold->key = base + s.found_bin;
+    threshold->key = base + kNumBins - 1 - s.found_bin;
     threshold->num_ties = s.found_rank;
-    if (s.found_bin < kNumBins - 1) return true;
+    if (s.found_bin > 0) return true;
     // The bound was more than two exponents too low. That of all elements is exact.
     all = true;
     clear_bins(s);
@@ -120,55 +122,60 @@ __device__ __forceinline__ bool find_threshold(const float (&a)[kChunks][kVector
   }
 }
 
-// Of the bits in `mask` the lowest `count`.
-__device__ __forceinline__ uint32 lowest_bits(uint32 mask, int count) {
-  while (__popc(mask) > count) mask ^= 1u << (31 - __clz(mask));
-  return mask;
+// Where element j of a chunk has its bit in a mask: as `reach` makes them, not in order.
+__device__ __forceinline__ constexpr int bit_of(int j) { return j < 4 ? 8 * j + 3 : 8 * j - 25; }
+
+// The elements of a chunk whose keys are at least `key`, as a mask. Two keys at a time: a difference of less than 2^15
+// leaves the bit 2^15 above it set where it is not negative.
+__device__ __forceinline__ uint32 reach(const uint32 (&packed)[kVector / 2], uint32 key) {
+  uint32 differences[kVector / 2];
+#pragma unroll
+  for (int i = 0; i < kVector / 2; ++i) differences[i] = (packed[i] | 0x80008000u) - key * 0x10001u;
+  const uint32 first = __byte_perm(differences[0], differences[1], 0x7531);  // the upper bytes
+  const uint32 last = __byte_perm(differences[2], differences[3], 0x7531);
+  return (first & 0x80808080u) >> 4 | (last & 0x80808080u);
 }
 
-// Sum of the counts of all warps before number `end`, in the order of the elements. For a whole warp.
-__device__ __forceinline__ uint32 sum_before(int end, const Shared& s) {
-  uint32 sum = 0;
+// Of the elements in a mask the first `count`.
+__device__ __forceinline__ uint32 first_elements(uint32 mask, int count) {
 #pragma unroll 1
-  for (int i = threadIdx.x % 32; i < end; i += 32) sum += s.warp_counts[i];
-  return __reduce_add_sync(kFullWarp, sum);
+  for (int j = kVector - 1; __popc(mask) > count; --j) mask &= ~(1u << bit_of(j));
+  return mask;
 }
 
 // Kept are the elements above the threshold and the first `num_ties` of those at it. Counts of both kinds are packed:
 // above the threshold in the lower 16 bits, at it in the upper ones.
-__device__ __forceinline__ void mark_kept(const float (&a)[kChunks][kVector], Threshold threshold,
+__device__ __forceinline__ void mark_kept(const uint32 (&packed)[kChunks][kVector / 2], Threshold threshold,
                                           Kept (&kept)[kChunks], Shared& s) {
-  const float at_least = rounds_up_to(threshold.key), above = rounds_up_to(threshold.key + 1);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   uint32 ties[kChunks], before[kChunks];
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
-    kept[c].mask = ties[c] = 0;
-#pragma unroll
-    for (int j = 0; j < kVector; ++j) {
-      if (fabsf(a[c][j]) >= at_least) ties[c] |= 1u << j;
-      if (fabsf(a[c][j]) >= above) kept[c].mask |= 1u << j;
-    }
-    ties[c] ^= kept[c].mask;
+    kept[c].mask = reach(packed[c], threshold.key + 1);
+    ties[c] = reach(packed[c], threshold.key) ^ kept[c].mask;
     const uint32 own = __popc(kept[c].mask) | __popc(ties[c]) << 16;
-    uint32 up_to_here = own;
-#pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) {
-      const uint32 other = __shfl_up_sync(kFullWarp, up_to_here, distance);
-      if (lane >= distance) up_to_here += other;
-    }
+    const uint32 up_to_here = sum_up_to_lane(own);
     if (lane == 31) s.warp_counts[c * kWarps + warp] = up_to_here;
     before[c] = up_to_here - own;
   }
   __syncthreads();
+  uint32 counts[kCountsPerLane];
+#pragma unroll
+  for (int i = 0; i < kCountsPerLane; ++i) counts[i] = s.warp_counts[32 * i + lane];
+  const auto sum_before = [&](int end) {  // of all warps before this one, in the order of the elements
+    uint32 sum = 0;
+#pragma unroll
+    for (int i = 0; i < kCountsPerLane; ++i) sum += 32 * i + lane < end ? counts[i] : 0u;
+    return __reduce_add_sync(kFullWarp, sum);
+  };
   const auto kept_of = [&](uint32 counts) { return (counts & 0xffffu) + min(counts >> 16, threshold.num_ties); };
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
-    before[c] += sum_before(c * kWarps + warp, s);
+    before[c] += sum_before(c * kWarps + warp);
     kept[c].position = kept_of(before[c]);
-    kept[c].section = c == 0 ? 0 : kept_of(sum_before(c * kWarps, s));
+    kept[c].section = c == 0 ? 0 : kept_of(sum_before(c * kWarps));
     const uint32 ties_before = min(before[c] >> 16, threshold.num_ties);
-    kept[c].mask |= lowest_bits(ties[c], threshold.num_ties - ties_before);
+    kept[c].mask |= first_elements(ties[c], threshold.num_ties - ties_before);
   }
 }
 

@@ -8,32 +8,40 @@ namespace microadam {
 
 constexpr int kVector = 8;
 
+// Eight numbers as they lie in memory.
+template <class T>
+struct Vector {
+  uint4 words[sizeof(T) / 2];
+};
+
 __device__ __forceinline__ uint32 word(const uint4& x, int i) {
   return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w;
 }
 
-__device__ __forceinline__ void load_vector(float (&x)[kVector], const float* p) {
-  const float4 low = reinterpret_cast<const float4*>(p)[0], high = reinterpret_cast<const float4*>(p)[1];
-  x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
-  x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
+__device__ __forceinline__ void unpack(float (&x)[kVector], const Vector<float>& from) {
+#pragma unroll
+  for (int j = 0; j < kVector; ++j) x[j] = as_float(word(from.words[j / 4], j % 4));
 }
 
-__device__ __forceinline__ void load_vector(float (&x)[kVector], const Bf16* p) {
-  const uint4 pairs = *reinterpret_cast<const uint4*>(p);
+__device__ __forceinline__ void unpack(float (&x)[kVector], const Vector<Bf16>& from) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    x[2 * i] = as_float(word(pairs, i) << 16);
-    x[2 * i + 1] = as_float(word(pairs, i) & 0xffff0000u);
+    x[2 * i] = as_float(word(from.words[0], i) << 16);
+    x[2 * i + 1] = as_float(word(from.words[0], i) & 0xffff0000u);
   }
 }
 
-__device__ __forceinline__ void load_vector(float (&x)[kVector], const Fp16* p) {
-  const uint4 pairs = *reinterpret_cast<const uint4*>(p);
+__device__ __forceinline__ void unpack(float (&x)[kVector], const Vector<Fp16>& from) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    x[2 * i] = to_float(Fp16{static_cast<uint16>(word(pairs, i))});
-    x[2 * i + 1] = to_float(Fp16{static_cast<uint16>(word(pairs, i) >> 16)});
+    x[2 * i] = to_float(Fp16{static_cast<uint16>(word(from.words[0], i))});
+    x[2 * i + 1] = to_float(Fp16{static_cast<uint16>(word(from.words[0], i) >> 16)});
   }
+}
+
+template <class T>
+__device__ __forceinline__ void load_vector(float (&x)[kVector], const T* p) {
+  unpack(x, *reinterpret_cast<const Vector<T>*>(p));
 }
 
 __device__ __forceinline__ void store_vector(float* p, const float (&x)[kVector]) {
@@ -56,12 +64,14 @@ __device__ __forceinline__ void store_vector(Fp16* p, const float (&x)[kVector])
 // The first `count` numbers, zeros for the rest; kAligned: all of them or none.
 template <bool kAligned, class T>
 __device__ __forceinline__ void load_first(float (&x)[kVector], const T* p, int count) {
-  if (kAligned && count > 0) {
-    load_vector(x, p);
-    return;
-  }
+  if constexpr (kAligned) {
+    Vector<T> vector = {};
+    if (count > 0) vector = *reinterpret_cast<const Vector<T>*>(p);
+    unpack(x, vector);
+  } else {
 #pragma unroll
-  for (int j = 0; j < kVector; ++j) x[j] = !kAligned && j < count ? to_float(p[j]) : 0.f;
+    for (int j = 0; j < kVector; ++j) x[j] = j < count ? to_float(p[j]) : 0.f;
+  }
 }
 
 template <bool kAligned, class T>

@@ -5,7 +5,7 @@
 // update 0, so nothing else marks it.
 #pragma once
 
-#include "block.cuh"
+#include "topk.cuh"
 
 namespace microadam {
 
@@ -98,26 +98,27 @@ __device__ __forceinline__ void update_slots(int section, Shared& s) {
 }
 
 // Lists the kept elements of a section, as many as the list holds at once, and takes them; a[I] = 0.
-__device__ __forceinline__ void take_kept(int section, float (&a)[kVector], const Kept& kept, Shared& s) {
+__device__ __forceinline__ void take_kept(int section, const uint32 (&packed)[kVector / 2], const Kept& kept,
+                                          float (&a)[kVector], Shared& s) {
   if (threadIdx.x == kThreads - 1) s.section_kept = kept.position - kept.section + __popc(kept.mask);
   int listed = 0;
   do {
-    int i = kept.position - kept.section - listed;
+    uint32* next = s.list + (kept.position - kept.section - listed);
 #pragma unroll
     for (int j = 0; j < kVector; ++j) {
-      if ((kept.mask >> j & 1u) == 0) continue;
-      if (kListHoldsSection || (i >= 0 && i < kListCapacity)) {
-        s.list[i] = (threadIdx.x * kVector + j) | static_cast<uint32>(bf16_bits(a[j])) << 16;
+      if ((kept.mask & 1u << bit_of(j)) == 0) continue;
+      if (kListHoldsSection || (next >= s.list && next < s.list + kListCapacity)) {
+        const uint32 value = j % 2 == 0 ? packed[j / 2] << 16 : packed[j / 2] & 0xffff0000u;
+        *next = value | threadIdx.x * kVector | j;
       }
-      ++i;
+      ++next;
+      a[j] = 0.f;
     }
     __syncthreads();
     take_newest(section, kept.section + listed, min(s.section_kept - listed, kListCapacity), s);
     __syncthreads();
     listed += kListCapacity;
   } while (!kListHoldsSection && listed < s.section_kept);
-#pragma unroll
-  for (int j = 0; j < kVector; ++j) a[j] = kept.mask >> j & 1u ? 0.f : a[j];
 }
 
 // The slot of a skipped block is stored empty: zeros at the first places, which add nothing anywhere.
@@ -138,10 +139,10 @@ __device__ __forceinline__ void apply_updates(int section, const Shared& s) {
   if (count <= 0) return;
   float update[kVector], weights[kVector];
   load_vector(update, s.m_sums + threadIdx.x * kVector);
-  bool changes = s.scalars.decay != 1.f || s.block.param_copy != nullptr;
+  uint32 bits = 0;
 #pragma unroll
-  for (int j = 0; j < kVector; ++j) changes |= update[j] != 0.f;
-  if (!changes) return;
+  for (int j = 0; j < kVector; ++j) bits |= float_bits(update[j]);
+  if (bits == 0 && s.scalars.decay == 1.f && s.block.param_copy == nullptr) return;
   load_first<kAligned>(weights, in_global(s.block.param) + first, count);
 #pragma unroll
   for (int j = 0; j < kVector; ++j) weights[j] = weights[j] * s.scalars.decay - update[j];

@@ -148,6 +148,7 @@ def _table() -> list[Case]:
         Case("half-kept", whole(20, 256), settings={"density": 0.5, "window_size": 3}),
         Case("most-kept", whole(20, 256), settings={"density": 0.7, "window_size": 6}, num_steps=8),
         Case("one-kept", whole(20, 256), settings={"density": 1e-6}),
+        Case("one-kept-odd", whole(20, 250), settings={"density": 1e-6}, gradient=shifted),
         Case("long-window", whole(20, 256), settings={"window_size": 20}, num_steps=25),
         Case("bucket-of-a-block", whole(20, 256), settings={"bucket_size": 256}),
         Case("bucket-over-a-block", whole(20, 250), settings={"bucket_size": 1024}),

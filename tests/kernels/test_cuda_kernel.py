@@ -117,11 +117,20 @@ def test_step_factors_hold_for_ever(betas: tuple[float, float]) -> None:
 MISTAKES = {
     "ties to the highest index": (
         "topk.cuh",
-        "kept[c].mask |= lowest_bits(ties[c], threshold.num_ties - ties_before);",
-        "kept[c].mask |= __brev(lowest_bits(__brev(ties[c]), threshold.num_ties - ties_before));",
+        "for (int j = kVector - 1; __popc(mask) > count; --j)",
+        "for (int j = 0; __popc(mask) > count; ++j)",
     ),
-    "a kept element is not cleared": ("window.cuh", "? 0.f : a[j];", "? a[j] : a[j];"),
-    "the bound of a key rounds ties to even wrongly": ("topk.cuh", "0x8000u + (key & 1u)", "0x7fffu - (key & 1u)"),
+    "a kept element is not cleared": ("window.cuh", "      a[j] = 0.f;\n", ""),
+    "two keys are exchanged": (
+        "topk.cuh",
+        "bf16_pair(a[c][2 * i], a[c][2 * i + 1])",
+        "bf16_pair(a[c][2 * i + 1], a[c][2 * i])",
+    ),
+    "two codes are exchanged": (
+        "error_feedback.cuh",
+        "level_of(a[j], range), level_of(a[j + 1], range)",
+        "level_of(a[j + 1], range), level_of(a[j], range)",
+    ),
     "slots are summed from the newest": (
         "window.cuh",
         "int age = s.scalars.num_weights - 1; age >= (kReplays ? 0 : 1); --age",
@@ -133,16 +142,16 @@ MISTAKES = {
         "a[c]);\n    update_slots(c, s);\n    __syncthreads();",
         "a[c]);\n    update_slots(c, s);",
     ),
-    "the code is not clipped from below": ("error_feedback.cuh", "fmaxf(scaled, 0.f)", "scaled"),
-    "the last bucket reads beyond the block": (
+    "the error is not rounded to even": (
         "error_feedback.cuh",
-        "kAligned ? count > 0 : j < count",
-        "kAligned || j < count",
+        "scaled * as_float(1u)",
+        "(scaled + 1e-3f) * as_float(1u)",
     ),
+    "the last bucket reads beyond the block": ("error_feedback.cuh", "if (!kAligned && j >= count) continue;", ""),
     "an element is updated once for every slot": ("window.cuh", "if (v >= 0.f)", "if (true)"),
     "an empty slot keeps old values": ("window.cuh", "in_global(s.block.values)[slot + i].bits = 0;", ""),
 }
-_WATCHED = ["normal", "ties", "nonfinite", "shifted", "most-kept", "bfloat16-bfloat16", "row-1000"]
+_WATCHED = ["normal", "ties", "nonfinite", "shifted", "most-kept", "bfloat16-bfloat16", "row-1000", "one-kept-odd"]
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

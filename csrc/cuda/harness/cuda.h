@@ -60,16 +60,19 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline float __uint_as_float(unsigned x) { return harness::bit_cast<float>(x); }
 inline unsigned __float_as_uint(float x) { return harness::bit_cast<unsigned>(x); }
+inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  const uint64_t bytes = static_cast<uint64_t>(y) << 32 | x;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) {
+    result |= static_cast<unsigned>(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  }
+  return result;
+}
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fsqrt_rn(float x) { return sqrtf(x); }
 #define __builtin_assume(condition)
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline unsigned __brev(unsigned x) {
-  unsigned reversed = 0;
-  for (int i = 0; i < 32; ++i) reversed |= (x >> i & 1u) << (31 - i);
-  return reversed;
-}
-inline int __clz(unsigned x) { return x == 0 ? 32 : __builtin_clz(x); }
 
 template <class A, class B>
 inline auto min(A a, B b) -> decltype(a + b) {
@@ -121,11 +124,24 @@ inline T atomicExch(T* p, T x) {
   return old;
 }
 
+template <class A, class B>
+inline auto max(A a, B b) -> decltype(a + b) {
+  return a > b ? a : b;
+}
+
 namespace microadam {
 
 struct Fp16;
 
 inline float max_or_nan(float a, float b) { return isnan(a) || isnan(b) ? NAN : a > b ? a : b; }
+inline unsigned add_from_lane_before(unsigned x, int distance) {
+  const unsigned other = __shfl_up_sync(0, x, distance);
+  return harness::lane() < static_cast<unsigned>(distance) ? x : x + other;
+}
+inline unsigned in_register(unsigned x) { return x; }
+inline unsigned put_first(unsigned codes, int first, int second) {
+  return codes << 8 | min(max(second, 0), 15) << 4 | min(max(first, 0), 15);
+}
 inline void sync_first_threads(int count) { harness::wait_for_first(count); }
 
 inline unsigned short round_to_bf16(float x) {
