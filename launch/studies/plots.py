@@ -19,7 +19,12 @@ from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from .results import Row
 
-matplotlib.rcParams["svg.hashsalt"] = "microadam_dist"  # the same figure is the same file
+matplotlib.rcParams.update(
+    {
+        "svg.hashsalt": "microadam_dist",  # the same figure is the same file
+        "svg.fonttype": "none",
+    }
+)
 
 _COLORS = pyplot.get_cmap("tab20").colors
 _MARKERS = "osD^vPX*<>"
