@@ -11,7 +11,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,8 +25,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from microadam_dist.bench.measure import describe
 from microadam_dist.bench.workload import ROW_NUMEL, parse_numel, parse_setting
 from microadam_dist.deepspeed import disable_shm_allreduce
+from microadam_dist.diagnostics.environment import versions
 from microadam_dist.errors import ConfigError, MicroAdamError
 
 NUM_MATRICES = 16
@@ -169,9 +173,15 @@ def main(
         table.add_row(str(row["stage"]), row["optimizer"], *cells)
     console.print(table)
     if json_file:
-        json_file.write_text(
-            json.dumps({"numel": size, "ranks": ranks, "rows": rows}, indent=1) + "\n", encoding="utf-8"
-        )
+        result = {
+            "command": shlex.join(["python", *sys.argv]),
+            "device": describe(torch.device("cpu")),
+            "versions": versions(),
+            "numel": size,
+            "ranks": ranks,
+            "rows": rows,
+        }
+        json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
