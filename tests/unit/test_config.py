@@ -250,6 +250,12 @@ def test_group_overrides_the_defaults() -> None:
     assert MicroAdamConfig.from_dict(optimizer.param_groups[1]) == MicroAdamConfig()
 
 
+def test_paper_defaults() -> None:
+    optimizer = MicroAdam([make_param()], **MicroAdam.paper_defaults())
+    paper = MicroAdamConfig(window_size=10, density=0.01, block_size=4096, bucket_size=64, ef_bits=4)
+    assert MicroAdamConfig.from_dict(optimizer.param_groups[0]) == paper
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.float8_e4m3fn], ids=str)
 def test_unsupported_dtype(dtype: torch.dtype) -> None:
     bad = nn.Parameter(torch.ones(32, 128).to(dtype))
