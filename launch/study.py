@@ -101,13 +101,13 @@ class StudyRunner:
     """A study and where its results are.
 
     Args:
-        name: Of its folder.
+        name: Of its file and of the folder with its results.
         study: What to run.
         output: Holds the folders of all studies, and the data and pre-trained models that they share.
     """
 
     def __init__(self, name: str, study: Study, output: Path) -> None:
-        self.study, self.output = study, output
+        self.name, self.study, self.output = name, study, output
         folder = output / name
         folder.mkdir(parents=True, exist_ok=True)
         self.hashes = {name: prepare_data(task, output) for name, task in study.tasks.items()}
@@ -175,7 +175,7 @@ class StudyRunner:
         for name, members in rows.items():
             console.print(_table(name, members, baseline_loss(self.study, members)))
         num_runs = sum(len(self.results.of(cell)) for cell in self.cells)
-        return StudyReport(self.study, rows, self.hashes, num_runs)
+        return StudyReport(self.name, self.study, rows, self.hashes, num_runs)
 
 
 class Schedule:

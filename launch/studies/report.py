@@ -37,7 +37,7 @@ def write_markdown(folder: Path, reports: Sequence[StudyReport]) -> None:
             task["images"] = []
             for name, figure in _figures(task):
                 if name in ("memory", "traces"):
-                    path = folder / "figures" / f"{_slug(study['title'])}_{_slug(task['name'])}_{name}.svg"
+                    path = folder / "figures" / f"{study['name']}_{_slug(task['name'])}_{name}.svg"
                     plots.save(figure, path)
                     task["images"].append(path.relative_to(folder))
     (folder / "RESULTS.md").write_text(_render("report.md.j2", studies), encoding="utf-8")
@@ -59,6 +59,7 @@ def _section(report: StudyReport) -> dict[str, Any]:
     finished = [row.first for rows in report.rows.values() for row in rows if row.first]
     settings = study.model_dump(exclude={"title", "question", "quick"}, exclude_none=True)
     return {
+        "name": report.name,
         "title": study.title,
         "question": study.question,
         "lr_factor": study.lr_factor,

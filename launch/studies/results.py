@@ -180,11 +180,13 @@ class StudyReport:
     """What there is to say about a study.
 
     Attributes:
+        name: Of its file.
         rows: Name of each task -> its rows, in the order of the study.
         hashes: Name of each task -> hash of its data.
         num_runs: Finished runs.
     """
 
+    name: str
     study: Study
     rows: Mapping[str, Sequence[Row]]
     hashes: Mapping[str, str]
