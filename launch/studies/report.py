@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ def write_html(path: Path, reports: Sequence[StudyReport]) -> None:
     studies = [_section(report) for report in reports]
     for study in studies:
         for task in study["tasks"]:
-            task["images"] = [plots.data_uri(figure) for _, figure in _figures(task)]
+            task["images"] = [plots.data_uri(draw(task["rows"])) for draw in _figures(task)]
     path.write_text(_render("report.html.j2", studies), encoding="utf-8")
 
 
@@ -35,10 +35,10 @@ def write_markdown(folder: Path, reports: Sequence[StudyReport]) -> None:
     for study in studies:
         for task in study["tasks"]:
             task["images"] = []
-            for name, figure in _figures(task):
-                if name in ("memory", "traces"):
-                    path = folder / "figures" / f"{study['name']}_{_slug(task['name'])}_{name}.svg"
-                    plots.save(figure, path)
+            for draw in _figures(task):
+                if draw in (plots.frontier, plots.traces):
+                    path = folder / "figures" / f"{study['name']}_{_slug(task['name'])}_{draw.__name__}.svg"
+                    plots.save(draw(task["rows"]), path)
                     task["images"].append(path.relative_to(folder))
     (folder / "RESULTS.md").write_text(_render("report.md.j2", studies), encoding="utf-8")
 
@@ -86,17 +86,13 @@ def _task_section(report: StudyReport, name: str) -> dict[str, Any]:
     }
 
 
-def _figures(task: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Names and figures."""
-    rows = task["rows"]
-    if not any(row.test for row in rows):
+def _figures(task: dict[str, Any]) -> list[Callable[[Sequence[Row]], Any]]:
+    """What draws the figures of a task."""
+    if not any(row.test for row in task["rows"]):
         return []
-    figures = [("memory", plots.frontier(rows)), ("curves", plots.curves(rows))]
-    if task["searches"]:
-        figures.insert(1, ("rates", plots.rates(rows)))
-    if task["has_trace"]:
-        figures.append(("traces", plots.traces(rows)))
-    return figures
+    searches = [plots.rates] if task["searches"] else []
+    traces = [plots.traces] if task["has_trace"] else []
+    return [plots.frontier, *searches, plots.curves, *traces]
 
 
 def _growth(row: Row) -> dict[str, Any]:

@@ -70,8 +70,8 @@ def test_study_resumes_and_reports_all(tmp_path: Path) -> None:
     again = results.read_text().splitlines(keepends=True)
     assert again[:-1] == lines[:-1]
     assert json.loads(again[-1])["test"] == records[-1]["test"]
-    assert "[text](figures/study_text_memory.svg)" in (tmp_path / "markdown" / "RESULTS.md").read_text()
-    assert (tmp_path / "markdown" / "figures" / "study_text_memory.svg").is_file()
+    assert "[text](figures/study_text_frontier.svg)" in (tmp_path / "markdown" / "RESULTS.md").read_text()
+    assert (tmp_path / "markdown" / "figures" / "study_text_frontier.svg").is_file()
 
 
 @pytest.mark.slow
