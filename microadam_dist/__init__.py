@@ -1,4 +1,4 @@
-"""MicroAdam for sharded parameters: Adam with about one byte of optimizer state a parameter."""
+"""MicroAdam for sharded parameters: Adam with 0.56 bytes of optimizer state a parameter."""
 
 from . import deepspeed
 from .config import MicroAdamConfig

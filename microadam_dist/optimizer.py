@@ -29,15 +29,16 @@ _PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class MicroAdam(ShardedOptimizer):
-    """Adam with about one byte of state a parameter.
+    """Adam with 0.56 bytes of state a parameter.
 
     Keeps a 4-bit error feedback and a window of the last sparse Top-K gradients, from which the moments are recomputed
-    at every step. Vectors and small matrices (norms, biases) take AdamW with fp32 moments.
+    at every step. With the default window, 1, only the newest counts and none is stored. Vectors and small matrices
+    (norms, biases) take AdamW with fp32 moments.
 
     Args:
         params: Parameters, named parameters or param groups; fp32, bf16 or fp16. The settings up to ``ef_bits`` may be
             given per group.
-        lr, betas, eps, weight_decay: As in `torch.optim.AdamW`.
+        lr, betas, eps, weight_decay: As in `torch.optim.AdamW`; start at 2 to 4 times its best learning rate.
         window_size: Number of sparse gradients kept (``m`` in the paper). 1 stores no window at all.
         density: Fraction of each block kept by Top-K (``k_init``).
         block_size: Longest Top-K block.
