@@ -94,11 +94,13 @@ def test_native_load_of_resharded_files_equals_elastic_load(world_size: int, sav
 
 def test_command_line(saved: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", "from microadam_dist.cli import main; main()", "reshard", str(saved / "zero2")]
-    result = subprocess.run([*command, str(tmp_path / "new"), "--world-size", "3"], capture_output=True, text=True)
+    command += [str(tmp_path / "new"), "--world-size", "3"]
+    wide = {**os.environ, "COLUMNS": "500"}  # no line is broken
+    result = subprocess.run(command, capture_output=True, text=True, env=wide)
     assert result.returncode == 0, result.stderr
-    assert "3 ranks, verified" in " ".join(result.stderr.split())  # long paths break the line
+    assert "3 ranks, verified" in result.stderr
     assert len(list((tmp_path / "new").glob("*/*optim_states.pt"))) == 3
-    again = subprocess.run([*command, str(tmp_path / "new"), "--world-size", "3"], capture_output=True, text=True)
+    again = subprocess.run(command, capture_output=True, text=True, env=wide)
     assert again.returncode == 1 and "exists already" in again.stderr and "Traceback" not in again.stderr
 
 
