@@ -144,15 +144,16 @@ class CpuBackend:
         for tensor in tensors[:1]:
             self.check(config, tensor.param.device)
         steps = {tensor.step for tensor in tensors}
-        scalars = {step: ctypes.addressof(_scalars(step, config, grad_scale)) for step in steps}
+        scalars = {step: _scalars(step, config, grad_scale) for step in steps}  # alive until the call is over, as grads
+        addresses = {step: ctypes.addressof(members) for step, members in scalars.items()}
         table = ctypes.create_string_buffer(max(1, len(tensors)) * _TENSOR.size)
-        grads = []  # alive until the call is over
+        grads = []
         for i, tensor in enumerate(tensors):
             grad = tensor.grad
             if grad is not None and grad.dtype not in _DTYPES:
                 grad = grad.float()
             grads.append(grad)
-            _TENSOR.pack_into(table, i * _TENSOR.size, *self._row(tensor, grad, scalars[tensor.step]))
+            _TENSOR.pack_into(table, i * _TENSOR.size, *self._row(tensor, grad, addresses[tensor.step]))
         settings = _Settings(config.window_size, config.bucket_size)
         num_skipped = self._library.microadam_cpu_step(
             byref(settings), table, len(tensors), ISAS[self.isa], self.num_threads
@@ -162,7 +163,7 @@ class CpuBackend:
         return int(num_skipped)
 
     def _row(self, tensor: TensorStep, grad: Tensor | None, scalars: int) -> tuple[int, ...]:
-        """The fields of `_TENSOR`."""
+        """The fields of `_TENSOR`; ``scalars`` is the address of the tensor's."""
         param, _, state, layout, _, copy, _ = tensor
         runs = self._runs_of(layout)
         return (

@@ -73,7 +73,8 @@ def _train_many_tensors(backend: Backend, num_calls: int, one_by_one: bool, devi
         now = []
         for i, t in enumerate(tensors):
             grad = torch.randn(t.param.shape, generator=generator).to(device)
-            now.append(TensorStep(t.param, grad, t.state, t.layout, call + i % 2))
+            # More different steps than a backend's cache of scalars may hold.
+            now.append(TensorStep(t.param, grad, t.state, t.layout, call + i))
         for members in [[t] for t in now] if one_by_one else [now]:
             backend.step(members, config, 1.0)
     return [tensor.cpu() for t in tensors for tensor in (t.param, *t.state.values())]

@@ -70,10 +70,6 @@ def _name(value: str | dict[str, str | int]) -> str:
     return value if isinstance(value, str) else "-".join(map(str, value.values()))
 
 
-def _name(value: str | dict[str, str | int]) -> str:
-    return value if isinstance(value, str) else "-".join(map(str, value.values()))
-
-
 @pytest.mark.parametrize(("arch", "macros"), COMPILED, ids=_name)
 def test_fits_the_registers(arch: str, macros: dict[str, str | int]) -> None:
     _, log = nvrtc.compile_verbosely(macros, arch)

@@ -89,15 +89,10 @@ template <class T>
 inline T __shfl_up_sync(unsigned, T value, unsigned distance) {
   return harness::shuffle(value, harness::lane() < distance ? harness::lane() : harness::lane() - distance);
 }
-template <class T>
-inline T __shfl_down_sync(unsigned, T value, unsigned distance) {
-  return harness::shuffle(value, harness::lane() + distance > 31 ? harness::lane() : harness::lane() + distance);
-}
 inline unsigned __reduce_add_sync(unsigned mask, unsigned value) {
   for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(mask, value, distance);
   return value;
 }
-inline bool __any_sync(unsigned mask, bool value) { return __reduce_add_sync(mask, value) != 0; }
 
 template <class T>
 inline T atomicAdd(T* p, T x) {
