@@ -9,38 +9,32 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from .results import Row
 
-matplotlib.rcParams.update(
-    {
-        "svg.hashsalt": "microadam_dist",  # the same figure is the same file
-        "svg.fonttype": "none",
-    }
-)
-
-_COLORS = pyplot.get_cmap("tab20").colors
+_COLORS = colormaps["tab20"].colors
 _MARKERS = "osD^vPX*<>"
 
 
 def data_uri(figure: Figure) -> str:
-    """A figure as the source of an <img>; closes it."""
+    """A figure as the source of an <img>."""
     buffer = io.BytesIO()
     save(figure, buffer)
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def save(figure: Figure, file: Path | BinaryIO) -> None:
-    """Write a figure as SVG; closes it."""
-    figure.savefig(file, format="svg", metadata={"Date": None})
-    pyplot.close(figure)
+    """Write a figure as SVG: the same figure is the same file, and its text is text."""
+    with rc_context({"svg.hashsalt": "microadam_dist", "svg.fonttype": "none"}):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+
+
+def _figure(height: float) -> Figure:
+    return Figure(figsize=(9, height), layout="constrained")
 
 
 def _styles(rows: Sequence[Row]) -> Iterator[tuple[Row, dict[str, object]]]:
@@ -59,7 +53,7 @@ def _finish(axes: Axes, title: str, xlabel: str, ylabel: str) -> Figure:
 
 def frontier(rows: Sequence[Row]) -> Figure:
     """Test loss against bytes of state; the line joins what nothing beats in both."""
-    _, axes = pyplot.subplots(figsize=(9, 4.8), layout="constrained")
+    axes = _figure(4.8).subplots()
     for row, style in _styles(rows):
         low, high = row.mean_test - min(row.test), max(row.test) - row.mean_test
         axes.errorbar(
@@ -80,7 +74,7 @@ def frontier(rows: Sequence[Row]) -> Figure:
 
 def rates(rows: Sequence[Row]) -> Figure:
     """Validation loss against learning rate."""
-    _, axes = pyplot.subplots(figsize=(9, 4.2), layout="constrained")
+    axes = _figure(4.2).subplots()
     for row, style in _styles(rows):
         points = [(lr, loss) for lr, loss in row.rates.items() if math.isfinite(loss)]
         axes.plot(*zip(*points, strict=True), label=row.optimizer, markersize=4, linewidth=1, **style)
@@ -93,7 +87,7 @@ def rates(rows: Sequence[Row]) -> Figure:
 
 def curves(rows: Sequence[Row]) -> Figure:
     """Training and validation loss over the steps, at the best learning rate."""
-    _, axes = pyplot.subplots(figsize=(9, 4.2), layout="constrained")
+    axes = _figure(4.2).subplots()
     for row, style in _styles(rows):
         axes.plot(*zip(*row.first["train_curve"], strict=True), color=style["color"], alpha=0.25, linewidth=0.8)
         axes.plot(
@@ -107,7 +101,8 @@ def curves(rows: Sequence[Row]) -> Figure:
 
 def traces(rows: Sequence[Row]) -> Figure:
     """Norms of the error feedback and of the gradient, and bytes of state, over the steps."""
-    figure, (above, below) = pyplot.subplots(2, figsize=(9, 6.5), sharex=True, layout="constrained")
+    figure = _figure(6.5)
+    above, below = figure.subplots(2, sharex=True)
     for row, style in _styles(rows):
         trace, num_params = row.first["trace"], row.first["num_params"]
         steps = [point["step"] for point in trace]
