@@ -12,7 +12,7 @@ namespace {
 
 // Calls f with `array` as a pointer to what a microadam_dtype names.
 template <class F>
-inline void with_type(void* array, int32_t dtype, const F& f) {
+inline void with_type(void* array, int64_t dtype, const F& f) {
   if (dtype == MICROADAM_FP32) {
     f(static_cast<float*>(array));
   } else if (dtype == MICROADAM_BF16) {

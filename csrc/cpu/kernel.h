@@ -37,11 +37,11 @@ struct DensePiece {
 struct Step {
   const microadam_scalars* scalars;
   int64_t window_size, bucket_size;
-  int32_t param_dtype, grad_dtype;
+  int64_t param_dtype, grad_dtype;
 };
 
 namespace {  // see floats.h
-inline int64_t element_bytes(int32_t dtype) { return dtype == MICROADAM_FP32 ? 4 : 2; }
+inline int64_t element_bytes(int64_t dtype) { return dtype == MICROADAM_FP32 ? 4 : 2; }
 }  // namespace
 
 // First and second moment of one coordinate.

@@ -15,7 +15,7 @@ extern "C" {
 #define MICROADAM_API __attribute__((visibility("default")))
 
 /* Raised with every change of a structure or a signature below. */
-#define MICROADAM_CPU_ABI_VERSION 2
+#define MICROADAM_CPU_ABI_VERSION 3
 
 enum microadam_dtype { MICROADAM_FP32 = 0, MICROADAM_BF16 = 1, MICROADAM_FP16 = 2 };
 
@@ -47,8 +47,8 @@ typedef struct {
   int64_t newest_slot; /* step mod window_size */
 } microadam_scalars;
 
-/* One local tensor. Pointers to what a tensor does not have are null. Without a gradient the newest slot is in the window
- * already, only the weights of the blocks are updated, and dense runs are passed over. */
+/* One local tensor; every field has 8 bytes. Pointers to what a tensor does not have are null. Without a gradient the
+ * newest slot is in the window already, only the weights of the blocks are updated, and dense runs are passed over. */
 typedef struct {
   void* param;
   const void* grad;
@@ -60,9 +60,9 @@ typedef struct {
   float *exp_avg, *exp_avg_sq;
   const microadam_block_run* block_runs;
   const microadam_dense_run* dense_runs;
-  const microadam_scalars* scalars;
   int64_t num_block_runs, num_dense_runs;
-  int32_t param_dtype, grad_dtype; /* enum microadam_dtype */
+  const microadam_scalars* scalars;
+  int64_t param_dtype, grad_dtype; /* enum microadam_dtype */
 } microadam_tensor;
 
 /* The settings of the group that decide shapes. Error-feedback codes have 4 bits. */

@@ -118,7 +118,7 @@ T* at(T* base, int64_t offset) {
 }
 
 template <class T>
-T* at_element(T* base, int32_t dtype, int64_t offset) {
+T* at_element(T* base, int64_t dtype, int64_t offset) {
   return reinterpret_cast<T*>((uintptr_t)base + static_cast<uintptr_t>(offset * element_bytes(dtype)));
 }
 

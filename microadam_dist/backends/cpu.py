@@ -8,10 +8,11 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-import struct
 import weakref
-from collections.abc import Sequence
-from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int, c_int64
+from array import array
+from collections.abc import Mapping, Sequence
+from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int, c_int64, c_void_p
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from ..layout import BlockRun, Extent, StateLayout
 from ..scalars import StepScalars
 from .base import TensorStep
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 LIBRARY_NAME = "libmicroadam_cpu.so"
 ISAS = {"portable": 0, "avx2": 1, "avx512": 2}  # slowest first
 
@@ -65,12 +66,6 @@ class _Scalars(Structure):
 _STATE_NAMES = ("codes", "bucket_lo", "bucket_hi", "indices", "values", "exp_avg", "exp_avg_sq")
 
 
-# microadam_tensor: pointers to param, grad, param_copy, the state tensors, block runs, dense runs and scalars; numbers
-# of block and dense runs; dtypes of param and grad. Packed by hand, because a ctypes object a tensor takes longer than
-# the step of a small one.
-_TENSOR = struct.Struct(f"{6 + len(_STATE_NAMES)}P2q2i")
-
-
 class _Settings(Structure):
     _fields_ = [("window_size", c_int64), ("bucket_size", c_int64)]
 
@@ -83,8 +78,9 @@ class _Runs:
         self.dense = (_DenseRun * len(layout.dense_runs))(
             *(_DenseRun(run.start, run.numel, run.state_start) for run in layout.dense_runs)
         )
-        self.addresses = ctypes.addressof(self.blocks), ctypes.addressof(self.dense)
-        self.lengths = len(self.blocks), len(self.dense)
+        # As microadam_tensor has them.
+        addresses = ctypes.addressof(self.blocks), ctypes.addressof(self.dense)
+        self.fields = (*addresses, len(self.blocks), len(self.dense))
 
 
 def _block_run(run: BlockRun) -> _BlockRun:
@@ -145,38 +141,37 @@ class CpuBackend:
             self.check(config, tensor.param.device)
         steps = {tensor.step for tensor in tensors}
         scalars = {step: _scalars(step, config, grad_scale) for step in steps}  # alive until the call is over, as grads
-        addresses = {step: ctypes.addressof(members) for step, members in scalars.items()}
-        table = ctypes.create_string_buffer(max(1, len(tensors)) * _TENSOR.size)
-        grads = []
-        for i, tensor in enumerate(tensors):
-            grad = tensor.grad
-            if grad is not None and grad.dtype not in _DTYPES:
-                grad = grad.float()
-            grads.append(grad)
-            _TENSOR.pack_into(table, i * _TENSOR.size, *self._row(tensor, grad, addresses[tensor.step]))
+        grads = [_readable(tensor.grad) for tensor in tensors]
         settings = _Settings(config.window_size, config.bucket_size)
+        table = self._table(tensors, grads, {step: ctypes.addressof(members) for step, members in scalars.items()})
         num_skipped = self._library.microadam_cpu_step(
-            byref(settings), table, len(tensors), ISAS[self.isa], self.num_threads
+            byref(settings), table.buffer_info()[0], len(tensors), ISAS[self.isa], self.num_threads
         )
         if num_skipped < 0:
             raise MemoryError("the CPU kernel could not allocate its scratch memory, less than 1 MB a thread.")
         return int(num_skipped)
 
-    def _row(self, tensor: TensorStep, grad: Tensor | None, scalars: int) -> tuple[int, ...]:
-        """The fields of `_TENSOR`; ``scalars`` is the address of the tensor's."""
-        param, _, state, layout, _, copy, _ = tensor
-        runs = self._runs_of(layout)
-        return (
-            param.data_ptr(),
-            0 if grad is None else grad.data_ptr(),
-            0 if copy is None else copy.data_ptr(),
-            *[state[name].data_ptr() if name in state else 0 for name in _STATE_NAMES],
-            *runs.addresses,
-            scalars,
-            *runs.lengths,
-            _DTYPES[param.dtype],
-            _DTYPES[param.dtype if grad is None else grad.dtype],
-        )
+    def _table(
+        self, tensors: Sequence[TensorStep], grads: Sequence[Tensor | None], scalars: Mapping[int, int]
+    ) -> array[int]:
+        """One microadam_tensor a tensor, given the address of the scalars by step.
+
+        Made field by field, because a Python call a tensor takes longer than the step of a small one.
+        """
+        fields = [
+            [tensor.param.data_ptr() for tensor in tensors],
+            [0 if grad is None else grad.data_ptr() for grad in grads],
+            [0 if tensor.param_copy is None else tensor.param_copy.data_ptr() for tensor in tensors],
+            *(
+                [tensor.state[name].data_ptr() if name in tensor.state else 0 for tensor in tensors]
+                for name in _STATE_NAMES
+            ),
+            *zip(*(self._runs_of(tensor.layout).fields for tensor in tensors), strict=True),
+            [scalars[tensor.step] for tensor in tensors],
+            [_DTYPES[tensor.param.dtype] for tensor in tensors],
+            [_DTYPES[torch.float32 if grad is None else grad.dtype] for grad in grads],
+        ]
+        return array("q", chain.from_iterable(zip(*fields, strict=True)))
 
     def _runs_of(self, layout: StateLayout) -> _Runs:
         key = id(layout)  # to hash a layout takes longer than to update a small tensor
@@ -184,6 +179,11 @@ class CpuBackend:
             self._runs[key] = _Runs(layout)
             weakref.finalize(layout, self._runs.pop, key, None).atexit = False
         return self._runs[key]
+
+
+def _readable(grad: Tensor | None) -> Tensor | None:
+    """A gradient in a dtype that the kernel reads."""
+    return grad if grad is None or grad.dtype in _DTYPES else grad.float()
 
 
 @functools.lru_cache(maxsize=8)  # an engine that updates parameter by parameter asks for the same ones again and again
@@ -239,7 +239,7 @@ def load_library() -> ctypes.CDLL:
         )
     library.microadam_cpu_threading.restype = c_char_p
     library.microadam_cpu_step.restype = c_int64
-    library.microadam_cpu_step.argtypes = [POINTER(_Settings), c_char_p, c_int64, c_int, c_int]
+    library.microadam_cpu_step.argtypes = [POINTER(_Settings), c_void_p, c_int64, c_int, c_int]
     return library
 
 
