@@ -10,6 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -108,12 +109,28 @@ def compile_verbosely(macros: Mapping[str, str | int], arch: str, source: Path |
         BackendUnavailableError: As `compile_kernel`.
     """
     version = nvrtc_version()
-    from cuda.core import Program, ProgramOptions
+    from cuda.core import Program
 
     folder = source or source_folder()
     log = io.StringIO()
+    options = compile_options(macros, arch, folder)
+    try:
+        program = Program((folder / SOURCE_NAME).read_text(), "c++", options)
+        code = program.compile("cubin", logs=log).code
+    except Exception as error:  # cuda.core raises types of its own, which change
+        raise BackendUnavailableError(
+            f'backend="cuda": NVRTC {version[0]}.{version[1]} cannot compile the kernel for {arch}: {error}\n'
+            f'{log.getvalue()}Update it, or use backend="reference".'
+        ) from error
+    return bytes(code), log.getvalue()
+
+
+def compile_options(macros: Mapping[str, str | int], arch: str, folder: Path) -> Any:
+    """The ``cuda.core.ProgramOptions`` for the sources in a folder; ``macros`` and ``arch`` as for `compile_kernel`."""
+    from cuda.core import ProgramOptions
+
     # The bits of the result are the contract: nothing fused, nothing flushed, exact division and square root.
-    options = ProgramOptions(
+    return ProgramOptions(
         name=SOURCE_NAME,
         arch=arch,
         std="c++17",
@@ -125,15 +142,6 @@ def compile_verbosely(macros: Mapping[str, str | int], arch: str, source: Path |
         define_macro=[(f"MICROADAM_{name}", str(value)) for name, value in macros.items()],
         ptxas_options="-v",
     )
-    try:
-        program = Program((folder / SOURCE_NAME).read_text(), "c++", options)
-        code = program.compile("cubin", logs=log).code
-    except Exception as error:  # cuda.core raises types of its own, which change
-        raise BackendUnavailableError(
-            f'backend="cuda": NVRTC {version[0]}.{version[1]} cannot compile the kernel for {arch}: {error}\n'
-            f'{log.getvalue()}Update it, or use backend="reference".'
-        ) from error
-    return bytes(code), log.getvalue()
 
 
 def _cache_key(macros: Mapping[str, str | int], arch: str) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from microadam_dist.backends.base import Backend, TensorStep
+from microadam_dist.backends.base import Backend, CapturableBackend, DeviceInputs, TensorStep
 from microadam_dist.backends.reference import ReferenceBackend
 from microadam_dist.config import MicroAdamConfig
 from microadam_dist.layout import ShardSpan, StateLayout
@@ -102,3 +103,35 @@ def assert_copy_is_rounded_weights(backend: Backend, dtype: torch.dtype, device:
             assert torch.equal(out[span_slice], param[span_slice].bfloat16())
     outside = torch.cat([out[:3], out[5003:5010], out[5087:]])
     assert not outside.any()
+
+
+def assert_same_with_numbers_on_the_device(
+    backend: CapturableBackend, lr_dtype: torch.dtype | None, num_rows: int = 40, num_calls: int = 9
+) -> None:
+    """Steps with everything read where the tensors lie, one of them skipped, against the same numbers from the host."""
+    settings = MicroAdamConfig(weight_decay=0.1, window_size=3, block_size=256)
+    spans = ShardSpan("a", (num_rows, 300), 0, num_rows * 300), ShardSpan("b", (50,), 0, 50)
+    layouts = [StateLayout((span,), settings) for span in spans]
+    params = [torch.randn(span.numel, dtype=FP32) for span in spans]
+    twins = [param.clone() for param in params]
+    states = [[allocate_state(layout, params[0].device) for layout in layouts] for _ in range(2)]
+    counters = [torch.tensor(0), torch.tensor(7)]
+    steps = [0, 7]
+    for call in range(num_calls):
+        grads = [torch.randn_like(param) for param in params]
+        lr = torch.tensor(1e-2 / (call + 1), dtype=lr_dtype or torch.float64)
+        config = replace(settings, lr=float(lr))
+        is_skipped = call == num_calls // 2
+        found_inf, scale = torch.tensor(float(is_skipped)), torch.tensor(3.0 + call)
+        if not is_skipped:
+            for tensor in zip(twins, grads, states[0], layouts, steps, strict=True):
+                ReferenceBackend().step([TensorStep(*tensor)], config, 1.0 / float(scale))
+            steps = [step + 1 for step in steps]
+        inputs = DeviceInputs(None if lr_dtype is None else lr, scale, found_inf)
+        given = config if lr_dtype is None else replace(config, lr=0.5)
+        rows = zip(params, grads, states[1], layouts, counters, strict=True)
+        backend.step_on_device([TensorStep(*row[:4], step=0, counter=row[4]) for row in rows], given, inputs)
+        assert [int(counter) for counter in counters] == steps
+        assert all(map(same_bits, params, twins))
+        for expected, actual in zip(*states, strict=True):
+            assert all(same_bits(actual[name], tensor) for name, tensor in expected.items())

@@ -7,7 +7,7 @@ import functools
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -92,17 +92,31 @@ class HarnessBackend:
             launch.scalars = host_scalars(group[0].step, config, grad_scale)
             grad_dtype = None if group_grads[0] is None else group_grads[0].dtype
             macros = kernel_macros(plan, config, group[0].param.dtype, grad_dtype)
-            library = build(self._sources, **{name: macros[name] for name in BUILT_FOR})
+            memory = [plan.runs, plan.first_runs, weights, skipped]
             if inputs is not None:
                 factors = step_factors(config, cpu)
                 scalars = torch.zeros(len(group) * SCALARS_BYTES, dtype=torch.uint8)
                 launch.inputs = device_inputs(inputs, config, factors)
                 launch.device_scalars = scalars.data_ptr()
-                library.harness_scalars(ctypes.byref(launch))
-            settings = config.window_size, config.bucket_size, self._reverse
-            assert library.harness_step(ctypes.byref(launch), plan.num_blocks, *settings), "threads wait for ever"
+                memory += [
+                    factors,
+                    scalars,
+                    *(x for x in (inputs.lr, inputs.loss_scale, inputs.found_inf) if x is not None),
+                ]
+            for tensor, grad in zip(group, group_grads, strict=True):
+                memory += [x for x in (tensor.param, grad, tensor.param_copy, tensor.counter) if x is not None]
+                memory += tensor.state.values()
+            self._run(launch, plan, macros, memory)
             num_skipped += int(skipped[0])
         return num_skipped
+
+    def _run(self, launch: Launch, plan: Plan, macros: Mapping[str, str | int], memory: Sequence[torch.Tensor]) -> None:
+        """Run the kernels of one launch, which may touch these tensors only."""
+        library = build(self._sources, **{name: macros[name] for name in BUILT_FOR})
+        if launch.device_scalars:
+            library.harness_scalars(ctypes.byref(launch))
+        settings = macros["WINDOW_SIZE"], macros["BUCKET_SIZE"], self._reverse
+        assert library.harness_step(ctypes.byref(launch), plan.num_blocks, *settings), "threads wait for ever"
 
     def _plan(self, layouts: Sequence[StateLayout]) -> Plan:
         plan = Plan(layouts, torch.device("cpu"))

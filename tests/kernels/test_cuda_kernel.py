@@ -9,13 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from microadam_dist.backends.base import DeviceInputs, TensorStep
 from microadam_dist.backends.cuda_launch import SHAPES, step_factors
-from microadam_dist.backends.reference import ReferenceBackend
 from microadam_dist.config import MAX_BLOCK_SIZE, MicroAdamConfig
-from microadam_dist.layout import ShardSpan, StateLayout
 from microadam_dist.scalars import StepScalars
-from microadam_dist.state import allocate_state
 
 from .cases import BF16, FP16, FP32, KERNEL_CASES, Case, is_replayed, replay_case
 from .checks import (
@@ -23,7 +19,7 @@ from .checks import (
     assert_same_bits,
     assert_same_every_16_bit_weight,
     assert_same_for_many_tensors,
-    same_bits,
+    assert_same_with_numbers_on_the_device,
 )
 from .cuda_harness import COMPILER, SOURCES, HarnessBackend
 
@@ -72,33 +68,7 @@ def test_every_block_size_has_a_shape() -> None:
 
 @pytest.mark.parametrize("lr_dtype", [None, torch.float32, torch.float64], ids=str)
 def test_scalars_computed_on_the_device(lr_dtype: torch.dtype | None) -> None:
-    """A step with everything read where the tensors lie, against one with the same numbers from the host."""
-    layouts = [
-        StateLayout((ShardSpan("a", (40, 300), 0, 12000),), MicroAdamConfig(window_size=3, block_size=256)),
-        StateLayout((ShardSpan("b", (50,), 0, 50),), MicroAdamConfig(window_size=3, block_size=256)),
-    ]
-    params = [torch.randn(layout.spans[0].numel, dtype=FP32) for layout in layouts]
-    twins = [param.clone() for param in params]
-    states = [[allocate_state(layout, params[0].device) for layout in layouts] for _ in range(2)]
-    counters = [torch.tensor(0), torch.tensor(7)]
-    steps = [0, 7]
-    for call in range(9):
-        grads = [torch.randn_like(param) for param in params]
-        lr = torch.tensor(1e-2 / (call + 1), dtype=lr_dtype or torch.float64)
-        config = MicroAdamConfig(lr=float(lr), weight_decay=0.1, window_size=3, block_size=256)
-        found_inf, scale = torch.tensor(float(call == 4)), torch.tensor(3.0 + call)
-        if call != 4:
-            for tensor in zip(twins, grads, states[0], layouts, steps, strict=True):
-                ReferenceBackend().step([TensorStep(*tensor)], config, 1.0 / float(scale))
-            steps = [step + 1 for step in steps]
-        inputs = DeviceInputs(None if lr_dtype is None else lr, scale, found_inf)
-        given = config if lr_dtype is None else replace(config, lr=0.5)
-        rows = zip(params, grads, states[1], layouts, counters, strict=True)
-        HarnessBackend().step_on_device([TensorStep(*row[:4], step=0, counter=row[4]) for row in rows], given, inputs)
-        assert [int(counter) for counter in counters] == steps
-        assert all(map(same_bits, params, twins))
-        for expected, actual in zip(*states, strict=True):
-            assert all(same_bits(actual[name], tensor) for name, tensor in expected.items())
+    assert_same_with_numbers_on_the_device(HarnessBackend(), lr_dtype)
 
 
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.95), (0.0, 0.0)])

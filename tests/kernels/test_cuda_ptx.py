@@ -1,0 +1,150 @@
+"""The CUDA kernel as NVRTC compiles it, run instruction by instruction, against the reference backend.
+
+The harness of `test_cuda_kernel` replaces what only a GPU has; here these instructions, the compiler's options and its
+layout of the tables are the real ones. It is slow: few blocks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from microadam_dist.backends import nvrtc
+from microadam_dist.backends.cuda_launch import Launch, Plan
+from microadam_dist.errors import BackendUnavailableError
+
+from .cases import BF16, FP16, FP32, Case, nonfinite, part, replay_case, ties, whole
+from .checks import assert_copy_is_rounded_weights, assert_same_bits, assert_same_with_numbers_on_the_device
+from .cuda_harness import SOURCES, HarnessBackend
+from .ptx import Kernel, Memory, ThreadBlock
+
+try:
+    nvrtc.nvrtc_version()
+except BackendUnavailableError as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+
+def compile_to_ptx(macros: Mapping[str, str | int], arch: str, folder: Path) -> str:
+    """As `nvrtc.compile_kernel`, but one stage less."""
+    from cuda.bindings import nvrtc as bindings
+
+    options = nvrtc.compile_options(macros, arch, folder).as_bytes("nvrtc")
+    source = (folder / nvrtc.SOURCE_NAME).read_bytes()
+    _, program = bindings.nvrtcCreateProgram(source, nvrtc.SOURCE_NAME.encode(), 0, [], [])
+    (error,) = bindings.nvrtcCompileProgram(program, len(options), options)
+    assert error == bindings.nvrtcResult.NVRTC_SUCCESS
+    _, size = bindings.nvrtcGetPTXSize(program)
+    ptx = b" " * size
+    bindings.nvrtcGetPTX(program, ptx)
+    bindings.nvrtcDestroyProgram(program)
+    return ptx.decode()
+
+
+@functools.cache
+def kernels(macros: frozenset[tuple[str, str | int]], arch: str, folder: Path) -> tuple[Kernel, Kernel]:
+    ptx = compile_to_ptx(dict(macros), arch, folder)
+    return Kernel(ptx, "microadam_scalars"), Kernel(ptx, "microadam_step")
+
+
+class PtxBackend(HarnessBackend):
+    """Runs the kernel's PTX.
+
+    Args:
+        arch: What it is compiled for.
+        warp_by_warp: See `ThreadBlock`.
+        sources: Another copy of ``csrc/cuda``.
+    """
+
+    def __init__(self, arch: str = "compute_90", warp_by_warp: bool = False, sources: Path = SOURCES) -> None:
+        super().__init__(sources=sources)
+        self._arch, self._warp_by_warp = arch, warp_by_warp
+
+    def _run(self, launch: Launch, plan: Plan, macros: Mapping[str, str | int], memory: Sequence[torch.Tensor]) -> None:
+        scalars, step = kernels(frozenset(macros.items()), self._arch, self._sources)
+        regions = {tensor.data_ptr(): tensor.nbytes for tensor in memory}
+        bytes_at = {at: np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(at)) for at, size in regions.items()}
+        parts = Memory(bytes_at.items())
+        if launch.device_scalars:
+            ThreadBlock(scalars, 32, 0, bytes(launch), parts).run()
+        for index in range(plan.num_blocks):
+            ThreadBlock(step, plan.shape.threads, index, bytes(launch), parts, self._warp_by_warp).run()
+
+
+_ROW = {"block_size": 4096, "window_size": 1, "density": 0.1, "weight_decay": 0.1}
+ALIGNED = Case("default", whole(1, 4096), BF16, BF16, _ROW, num_steps=3, grad_scale=0.3, padding=16)
+ODD = Case("odd", part((64, 301), 333, 1001), BF16, FP32, {"weight_decay": 0.1}, num_steps=6)
+CASES = [
+    ALIGNED,
+    ODD,
+    Case(
+        "window 10", whole(1, 4096), FP32, BF16, {**_ROW, "window_size": 10, "density": 0.01}, num_steps=12, padding=16
+    ),
+    Case("window 2", whole(1, 4096), FP16, FP16, {**_ROW, "window_size": 2, "density": 0.05}, num_steps=3, padding=16),
+    Case("most kept", part((64, 256), 0, 512), settings={"density": 0.7, "window_size": 3}, num_steps=4),
+    Case("ties", part((64, 256), 0, 512), gradient=ties, padding=16),
+    Case("not finite", part((64, 256), 0, 512), FP16, BF16, gradient=nonfinite, num_steps=6),
+    Case("bucket of 96", part((64, 256), 100, 512), BF16, BF16, {"bucket_size": 96}, num_steps=3),
+    Case("bucket of 6", part((64, 256), 100, 512), settings={"bucket_size": 6}, num_steps=3),
+    Case("dense", whole(300), BF16, BF16, {"weight_decay": 0.1}, gradient=nonfinite),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_bit_identical_to_the_reference(case: Case) -> None:
+    assert_same_bits(case, PtxBackend())
+
+
+@pytest.mark.parametrize("case", [ALIGNED, ODD], ids=str)
+def test_for_another_architecture_and_order_of_warps(case: Case) -> None:
+    assert_same_bits(case, PtxBackend("compute_80", warp_by_warp=True))
+
+
+def test_weights_follow_from_the_window() -> None:
+    replay_case(replace(ODD, settings={"window_size": 3}), PtxBackend())
+
+
+def test_copy_of_the_weights() -> None:
+    assert_copy_is_rounded_weights(PtxBackend(), FP32)
+
+
+def test_scalars_computed_on_the_device() -> None:
+    assert_same_with_numbers_on_the_device(PtxBackend(), torch.float32, num_rows=14, num_calls=3)
+
+
+# What the harness cannot see, and a barrier.
+MISTAKES = {
+    "two codes are exchanged": (
+        "device.cuh",
+        '"r"(second), "r"(first), "r"(codes)',
+        '"r"(first), "r"(second), "r"(codes)',
+    ),
+    "two keys are exchanged": ("device.cuh", '"f"(high), "f"(low)', '"f"(low), "f"(high)'),
+    "NaN is not the largest": ("device.cuh", "max.NaN.f32", "max.f32"),
+    "a lane too many is added": ("device.cuh", "  @is_there add", "  add"),
+    "no barrier before the weights are updated": (
+        "block_step.cuh",
+        "a[c]);\n    update_slots(c, s);\n    __syncthreads();",
+        "a[c]);\n    update_slots(c, s);",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_caught(mistake: str, tmp_path: Path) -> None:
+    file, right, wrong = MISTAKES[mistake]
+    sources = tmp_path / "cuda"
+    shutil.copytree(SOURCES, sources)
+    text = (sources / file).read_text()
+    assert text.count(right) == 1
+    (sources / file).write_text(text.replace(right, wrong))
+    watched = replace(ALIGNED, gradient=nonfinite, name="watched", settings={**_ROW, "window_size": 2}, num_steps=3)
+    with pytest.raises(AssertionError):
+        assert_same_bits(watched, PtxBackend(warp_by_warp=True, sources=sources))
