@@ -123,6 +123,34 @@ class Memory:
             data[places] = rows[members]
 
 
+class Races:
+    """Finds accesses to shared memory that no barrier puts in an order, as compute-sanitizer's racecheck does.
+
+    Every thread counts the barriers it has passed, and learns at a barrier what the others there have counted.
+    """
+
+    _CONFLICTS = {"ld": ("st", "atom"), "st": ("ld", "st", "atom"), "atom": ("ld", "st")}  # noqa: RUF012
+
+    def __init__(self, num_threads: int, num_bytes: int) -> None:
+        self._known = np.eye(num_threads, dtype="i4")  # row: what a thread knows of all
+        # Access -> for each word of 4 bytes the count at which each thread did it last.
+        self._last = {access: np.zeros((num_bytes // 4 + 1, num_threads), dtype="i4") for access in self._CONFLICTS}
+
+    def access(self, access: str, threads: Array, addresses: Array, num_bytes: int) -> None:
+        """Some threads access one address each."""
+        for offset in range(0, num_bytes, 4):
+            words = (addresses + offset - SHARED_BASE) // 4
+            for other in self._CONFLICTS[access]:
+                assert (self._last[other][words] <= self._known[threads]).all(), f"{access} races with {other}"
+            assert access != "st" or len(np.unique(words)) == len(words), "two threads store at one address"
+            self._last[access][words, threads] = self._known[threads, threads]
+
+    def meet(self, threads: Array) -> None:
+        """They have met at a barrier."""
+        self._known[threads] = self._known[threads].max(axis=0)
+        self._known[threads, threads] += 1
+
+
 class ThreadBlock:
     """One thread block.
 
@@ -148,6 +176,7 @@ class ThreadBlock:
             "shared": Memory([(SHARED_BASE, np.full(kernel.shared_bytes, 0xA5, dtype="u1"))]),
             "global": memory,
         }
+        self._races = Races(num_threads, kernel.shared_bytes)
         self._next = np.zeros(num_threads, dtype="i8")  # instruction of each thread; -1: it has ended
         self._barrier = np.full(num_threads, -1)  # that it waits at
 
@@ -155,7 +184,7 @@ class ThreadBlock:
         """Execute it to the end.
 
         Raises:
-            AssertionError: A wrong access, a warp that is not together where it has to be, threads that wait for ever.
+            AssertionError: A wrong access, a race, a warp that is not together where it must be, a wait for ever.
         """
         with np.errstate(all="ignore"):
             for _ in range(MAX_STEPS):
@@ -235,20 +264,24 @@ class ThreadBlock:
 
     # ---------------------------------------------------------------- memory
 
-    def _access(self, name: list[str], operand: str, threads: Array) -> tuple[Memory, Array, Any]:
-        space = self._spaces[name[1]] if name[1] in self._spaces else self._spaces["global"]
-        return space, self._addresses(operand, threads), TYPES[name[-1]]
+    def _access(self, name: list[str], operand: str, threads: Array, count: int = 1) -> tuple[Memory, Array, Any]:
+        """Where ``count`` neighbours are accessed: the memory, the addresses, and the type of each."""
+        addresses, kind = self._addresses(operand, threads), np.dtype(TYPES[name[-1]])
+        if name[1] == "shared":
+            self._races.access(name[0], threads, addresses, count * kind.itemsize)
+        return self._spaces.get(name[1], self._spaces["global"]), addresses, kind
 
     def _ld(self, name: list[str], operands: list[str], threads: Array) -> None:
         destinations = _elements(operands[0])
-        space, addresses, kind = self._access(name, operands[1], threads)
+        space, addresses, kind = self._access(name, operands[1], threads, len(destinations))
         values = space.load(addresses, kind, len(destinations))
         for i, destination in enumerate(destinations):
             self._write(destination, values[:, i], threads)
 
     def _st(self, name: list[str], operands: list[str], threads: Array) -> None:
-        space, addresses, kind = self._access(name, operands[0], threads)
-        values = [self._read(source, kind, threads) for source in _elements(operands[1])]
+        sources = _elements(operands[1])
+        space, addresses, kind = self._access(name, operands[0], threads, len(sources))
+        values = [self._read(source, kind, threads) for source in sources]
         space.store(addresses, np.stack(values, axis=1))
 
     def _atom(self, name: list[str], operands: list[str], threads: Array) -> None:
@@ -279,6 +312,7 @@ class ThreadBlock:
         assert arrived.sum() <= expected[0], "too many threads at a barrier"
         if arrived.sum() == expected[0]:
             self._barrier[arrived] = -1
+            self._races.meet(np.flatnonzero(arrived))
 
     def _shfl(self, name: list[str], operands: list[str], threads: Array) -> None:
         destination, _, predicate = operands[0].partition("|")

@@ -1,7 +1,8 @@
 """The CUDA kernel as NVRTC compiles it, run instruction by instruction, against the reference backend.
 
 The harness of `test_cuda_kernel` replaces what only a GPU has; here these instructions, the compiler's options and its
-layout of the tables are the real ones. It is slow: few blocks.
+layout of the tables are the real ones. Every memory access is checked, and shared memory for races. It is slow: few
+blocks.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import pytest
 import torch
 
 from microadam_dist.backends import nvrtc
-from microadam_dist.backends.cuda_launch import Launch, Plan
+from microadam_dist.backends.cuda_launch import Launch, Plan, _Run
 from microadam_dist.errors import BackendUnavailableError
 
 from .cases import BF16, FP16, FP32, Case, nonfinite, part, replay_case, ties, whole
@@ -117,6 +118,31 @@ def test_copy_of_the_weights() -> None:
 
 def test_scalars_computed_on_the_device() -> None:
     assert_same_with_numbers_on_the_device(PtxBackend(), torch.float32, num_rows=14, num_calls=3)
+
+
+class FarBackend(PtxBackend):
+    """Offsets of many billion elements, from pointers that are as far too low."""
+
+    far = 2**33
+
+    def _run(self, launch: Launch, plan: Plan, macros: Mapping[str, str | int], memory: Sequence[torch.Tensor]) -> None:
+        window = int(macros["WINDOW_SIZE"])
+        distance = {"param": 4, "grad": 4, "codes": 1 / 2, "bucket_lo": 2 / 64, "bucket_hi": 2 / 64}
+        distance |= {"indices": 2 * window, "values": 2 * window}
+        for name, element_bytes in distance.items():
+            near = getattr(launch.tensors[0], name)
+            setattr(launch.tensors[0], name, (near - int(self.far * element_bytes)) % 2**64)
+        runs = (_Run * plan.num_runs).from_buffer(plan.runs.numpy())
+        for run in runs:
+            run.elements.start += self.far
+            run.codes.start += self.far // 2
+            run.buckets.start += self.far // 64
+            run.kept.start += self.far
+        super()._run(launch, plan, macros, memory)
+
+
+def test_offsets_beyond_32_bits() -> None:
+    assert_same_bits(replace(ODD, grad_dtype=FP32, param_dtype=FP32, name="far"), FarBackend())
 
 
 # What the harness cannot see, and a barrier.
