@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -13,6 +13,8 @@ from torch import Tensor
 from ..config import MicroAdamConfig
 from ..errors import BackendUnavailableError, ConfigError
 from ..layout import StateLayout
+
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class TensorStep(NamedTuple):
@@ -95,6 +97,12 @@ class CapturableBackend(Backend, Protocol):
             config: betas, eps and weight decay, and lr unless ``inputs`` has it.
             inputs: What else is read on the device.
         """
+
+
+def readable_grads(tensors: Iterable[TensorStep]) -> list[Tensor | None]:
+    """The gradients in a dtype that the fused kernels read."""
+    grads = [tensor.grad for tensor in tensors]
+    return [grad if grad is None or grad.dtype in _KERNEL_DTYPES else grad.float() for grad in grads]
 
 
 BACKEND_NAMES = ("auto", "reference", "cpu", "cuda")

@@ -23,7 +23,7 @@ from ..config import MicroAdamConfig
 from ..errors import BackendUnavailableError, ConfigError
 from ..layout import BlockRun, Extent, StateLayout
 from ..scalars import StepScalars
-from .base import TensorStep
+from .base import TensorStep, readable_grads
 
 ABI_VERSION = 3
 LIBRARY_NAME = "libmicroadam_cpu.so"
@@ -141,7 +141,7 @@ class CpuBackend:
             self.check(config, tensor.param.device)
         steps = {tensor.step for tensor in tensors}
         scalars = {step: _scalars(step, config, grad_scale) for step in steps}  # alive until the call is over, as grads
-        grads = [_readable(tensor.grad) for tensor in tensors]
+        grads = readable_grads(tensors)
         settings = _Settings(config.window_size, config.bucket_size)
         table = self._table(tensors, grads, {step: ctypes.addressof(members) for step, members in scalars.items()})
         num_skipped = self._library.microadam_cpu_step(
@@ -154,9 +154,9 @@ class CpuBackend:
     def _table(
         self, tensors: Sequence[TensorStep], grads: Sequence[Tensor | None], scalars: Mapping[int, int]
     ) -> array[int]:
-        """One microadam_tensor a tensor, given the address of the scalars by step.
+        """One microadam_tensor a tensor, from the address of the scalars by step.
 
-        Made field by field, because a Python call a tensor takes longer than the step of a small one.
+        Field by field, because a Python call a tensor takes longer than the step of a small one.
         """
         fields = [
             [tensor.param.data_ptr() for tensor in tensors],
@@ -179,11 +179,6 @@ class CpuBackend:
             self._runs[key] = _Runs(layout)
             weakref.finalize(layout, self._runs.pop, key, None).atexit = False
         return self._runs[key]
-
-
-def _readable(grad: Tensor | None) -> Tensor | None:
-    """A gradient in a dtype that the kernel reads."""
-    return grad if grad is None or grad.dtype in _DTYPES else grad.float()
 
 
 @functools.lru_cache(maxsize=8)  # an engine that updates parameter by parameter asks for the same ones again and again

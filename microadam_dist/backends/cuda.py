@@ -17,7 +17,7 @@ from ..config import MicroAdamConfig
 from ..errors import BackendUnavailableError, ConfigError
 from ..layout import StateLayout
 from . import nvrtc
-from .base import DeviceInputs, TensorStep
+from .base import DeviceInputs, TensorStep, readable_grads
 from .cuda_launch import (
     SCALARS_BYTES,
     Launch,
@@ -27,7 +27,6 @@ from .cuda_launch import (
     group_by_kernel,
     host_scalars,
     kernel_macros,
-    readable_grads,
     step_factors,
     window_weights,
 )

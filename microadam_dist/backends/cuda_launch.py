@@ -281,12 +281,6 @@ def device_inputs(inputs: DeviceInputs, config: MicroAdamConfig, factors: Tensor
     )
 
 
-def readable_grads(tensors: Iterable[TensorStep]) -> list[Tensor | None]:
-    """The gradients in a dtype the kernel reads."""
-    grads = [tensor.grad for tensor in tensors]
-    return [grad if grad is None or grad.dtype in DTYPES else grad.float() for grad in grads]
-
-
 def group_by_kernel(tensors: Iterable[TensorStep], grads: Iterable[Tensor | None]) -> list[list[int]]:
     """Positions of the tensors that one launch can update: of the same dtypes and step, at most `MAX_TENSORS`."""
     groups: dict[tuple[torch.dtype, torch.dtype | None, int], list[int]] = {}

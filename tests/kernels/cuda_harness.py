@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from microadam_dist.backends.base import DeviceInputs, TensorStep
+from microadam_dist.backends.base import DeviceInputs, TensorStep, readable_grads
 from microadam_dist.backends.cuda_launch import (
     SCALARS_BYTES,
     Launch,
@@ -23,7 +23,6 @@ from microadam_dist.backends.cuda_launch import (
     group_by_kernel,
     host_scalars,
     kernel_macros,
-    readable_grads,
     step_factors,
     window_weights,
 )
