@@ -53,6 +53,16 @@ def build(sources: Path, **macros: str | int) -> ctypes.CDLL:
     return loaded
 
 
+def copy_with_mistake(folder: Path, file: str, right: str, wrong: str) -> Path:
+    """A copy of the sources with one place changed."""
+    sources = folder / "cuda"
+    shutil.copytree(SOURCES, sources)
+    text = (sources / file).read_text()
+    assert text.count(right) == 1
+    (sources / file).write_text(text.replace(right, wrong))
+    return sources
+
+
 class HarnessBackend:
     """Runs the kernel with the tables of the CUDA backend.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from .checks import (
     assert_same_for_many_tensors,
     assert_same_with_numbers_on_the_device,
 )
-from .cuda_harness import COMPILER, SOURCES, HarnessBackend
+from .cuda_harness import COMPILER, HarnessBackend, copy_with_mistake
 
 if COMPILER is None:
     pytest.skip("no C++ compiler for the harness", allow_module_level=True)
@@ -127,12 +126,7 @@ _WATCHED = ["normal", "ties", "nonfinite", "shifted", "most-kept", "bfloat16-bfl
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_are_caught(mistake: str, tmp_path: Path) -> None:
     """Each of them, planted in the source, makes a case fail."""
-    file, right, wrong = MISTAKES[mistake]
-    sources = tmp_path / "cuda"
-    shutil.copytree(SOURCES, sources)
-    text = (sources / file).read_text()
-    assert text.count(right) == 1
-    (sources / file).write_text(text.replace(right, wrong))
+    sources = copy_with_mistake(tmp_path, *MISTAKES[mistake])
     for name in _WATCHED:
         for padding in (7, 16):
             for reverse in (False, True):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from microadam_dist.errors import BackendUnavailableError
 
 from .cases import BF16, FP16, FP32, Case, nonfinite, part, replay_case, ties, whole
 from .checks import assert_copy_is_rounded_weights, assert_same_bits, assert_same_with_numbers_on_the_device
-from .cuda_harness import SOURCES, HarnessBackend
+from .cuda_harness import SOURCES, HarnessBackend, copy_with_mistake
 from .ptx import Kernel, Memory, ThreadBlock
 
 try:
@@ -165,12 +164,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_are_caught(mistake: str, tmp_path: Path) -> None:
-    file, right, wrong = MISTAKES[mistake]
-    sources = tmp_path / "cuda"
-    shutil.copytree(SOURCES, sources)
-    text = (sources / file).read_text()
-    assert text.count(right) == 1
-    (sources / file).write_text(text.replace(right, wrong))
+    sources = copy_with_mistake(tmp_path, *MISTAKES[mistake])
     watched = replace(ALIGNED, gradient=nonfinite, name="watched", settings={**_ROW, "window_size": 2}, num_steps=3)
     with pytest.raises(AssertionError):
         assert_same_bits(watched, PtxBackend(warp_by_warp=True, sources=sources))
