@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +92,17 @@ def test_native_load_of_resharded_files_equals_elastic_load(world_size: int, sav
         assert done[-1][0] == "verifying" and done[-1][1] == done[-1][2]
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["zero2", "zero3"]  # nothing temporary is left
     assert run_ranks(_load_both_ways, world_size, str(saved), str(tmp_path)) == [[True, True]] * world_size
+
+
+def test_padding_may_hold_anything(saved: Path, tmp_path: Path) -> None:
+    """DeepSpeed does not set the end of the last shard: it may be NaN."""
+    shutil.copytree(saved / "zero3", tmp_path / "old")
+    (last,) = (tmp_path / "old").glob("*/*rank_1_mp_rank_00_optim_states.pt")
+    state = torch.load(last, weights_only=False)
+    for flat in state["optimizer_state_dict"]["fp32_flat_groups"]:
+        flat.data[-1] = math.nan
+    torch.save(state, last)
+    reshard_checkpoint(tmp_path / "old", tmp_path / "new", 3)
 
 
 def test_command_line(saved: Path, tmp_path: Path) -> None:
