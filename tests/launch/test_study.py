@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import signal
 import subprocess
@@ -78,7 +79,9 @@ def test_study_resumes_and_reports_all(tmp_path: Path) -> None:
 def test_interrupted_study_leaves_no_process(tmp_path: Path) -> None:
     config, output = tiny_study(tmp_path, steps=1_000_000), tmp_path / "out"
     command = [sys.executable, ROOT / "launch" / "study.py", config, "--output", output, "--only", "text/AdamW"]
-    with subprocess.Popen([*command, "--jobs", "1"], stdout=subprocess.DEVNULL) as process:
+    # What a shell has started in the background ignores Ctrl-C, and so would its children.
+    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen([*command, "--jobs", "1"], stdout=subprocess.DEVNULL, preexec_fn=listen) as process:
         while not (output / "study" / "unavailable.json").is_file():  # written when training begins
             assert process.poll() is None
         children = psutil.Process(process.pid).children(recursive=True)
