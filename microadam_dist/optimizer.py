@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, overload
 
 import torch
@@ -21,6 +21,7 @@ from .engines.base import (
     row_exchange,
 )
 from .errors import ConfigError, MicroAdamError, UnsupportedLayoutError
+from .layout import StateLayout
 from .nonfinite import NonfiniteCounter
 from .sharded_optimizer import ShardedOptimizer
 from .state import allocate_state
@@ -198,10 +199,8 @@ class MicroAdam(ShardedOptimizer):
         groups = [
             (self._config(group), [p for p in group["params"] if p.grad is not None]) for group in self.param_groups
         ]
-        tensors = [p for _, members in groups for p in members]
-        if self._prepare(tensors) and self._is_probe(tensors):
+        if self._prepare(groups) and self._is_probe([p for _, members in groups for p in members]):
             return loss
-        self._require_unchanged(groups)
 
         grad_scale = 1.0 if loss_scale is None or self.capturable else 1.0 / float(loss_scale)
         skipped = []
@@ -229,8 +228,7 @@ class MicroAdam(ShardedOptimizer):
         """
         group = self.param_groups[group_index]
         config = self._config(group)
-        self._prepare([param])
-        self._require_unchanged([(config, [param])])
+        self._prepare([(config, [param])])
         inputs = _device_inputs(group, None, None) if self.capturable else 1.0
         self._nonfinite.add([self._step_group([param], config, inputs)])
 
@@ -256,42 +254,44 @@ class MicroAdam(ShardedOptimizer):
     def _update(self, members: Sequence[Tensor], config: MicroAdamConfig, inputs: float | DeviceInputs) -> int | Tensor:
         """Step this rank's part of these tensors; returns the number of skipped blocks."""
         self._has_loaded_shards = False
-        steps, counters, copied = [], [], []
-        for p in members:
-            shard, state = self._shards[p], self._unwrapped_state(p)
-            local, counter = shard.param, state["step"]
-            param = local.contiguous()
-            if param is not local:  # not row-major in memory
-                copied.append((local, param))
-            num_steps = 0 if self.capturable else int(counter)
-            grad = shard.grad.contiguous()
-            steps.append(TensorStep(param, grad, state, self._layouts[p], num_steps, counter=counter))
-            counters.append(counter)
+        shards = [self._shards[p] for p in members]
+        params = [shard.param for shard in shards]
+        states = [self._unwrapped_state(p, shard) for p, shard in zip(members, shards, strict=True)]
+        steps = [
+            TensorStep(
+                param.contiguous(),
+                shard.grad.contiguous(),
+                state,
+                self._layouts[p],
+                0 if self.capturable else int(state["step"]),
+                counter=state["step"],
+            )
+            for p, shard, param, state in zip(members, shards, params, states, strict=True)
+        ]
         if self._meter is not None and not isinstance(inputs, DeviceInputs) and self._meter.is_due(self.param_groups):
-            sharding_groups = [self._shards[p].sharding_group for p in members]
+            sharding_groups = [shard.sharding_group for shard in shards]
             self._meter.measure(zip(steps, sharding_groups, strict=True), config, inputs)
         if isinstance(inputs, DeviceInputs):
             assert isinstance(self._backend, CapturableBackend)
             num_skipped = self._backend.step_on_device(steps, config, inputs)
         else:
             num_skipped = self._backend.step(steps, config, inputs)
-        for local, param in copied:
-            local.copy_(param)
-        if counters and not self.capturable:
-            torch._foreach_add_(counters, 1)
+        for param, step in zip(params, steps, strict=True):
+            if step.param is not param:  # not row-major in memory
+                param.copy_(step.param)
         # A kernel writes through a pointer; a backward pass that still needs the old values must notice.
         torch.autograd.graph.increment_version([step.param for step in steps])
         return num_skipped
 
-    def _prepare(self, tensors: Sequence[Tensor]) -> bool:
+    def _prepare(self, groups: Sequence[tuple[MicroAdamConfig, Sequence[Tensor]]]) -> bool:
         """Make state where there is none, unless something is not supported; returns whether there was none at all."""
         is_first_call = not any(self.state.get(p) for p in self._layouts)  # state may have been cleared
-        without_state = [p for p in tensors if not self.state.get(p)]
+        without_state = [p for _, members in groups for p in members if not self.state.get(p)]
         for p in without_state:
             self._layouts.pop(p, None)
         layouts = self._find_layouts(without_state)
-        for p in tensors:
-            _ = self._shards[p].grad  # raises if it cannot be used
+        for config, members in groups:
+            self._require_supported(members, config, {**self._layouts, **layouts} if layouts else self._layouts)
         for p, layout in layouts.items():
             self._backend.check(layout.config, p.device)
         for p, layout in layouts.items():
@@ -309,25 +309,27 @@ class MicroAdam(ShardedOptimizer):
         grads = [self._shards[p].grad for p in tensors]
         return not any_rank(any(bool(torch.linalg.vector_norm(grad, 0)) for grad in grads), shards)
 
-    def _require_unchanged(self, groups: Iterable[tuple[MicroAdamConfig, Sequence[Tensor]]]) -> None:
-        """State is laid out for the settings and the shape it was made for."""
-        for config, members in groups:
-            unchanged = None
-            for p in members:
-                shard, made_for = self._shards[p], self._layouts[p].config
-                for name in STRUCTURAL_SETTINGS if made_for is not unchanged else ():
-                    if getattr(config, name) != getattr(made_for, name):
-                        raise ConfigError(
-                            f"{name}={getattr(config, name)!r}: the state of parameter {shard.name!r} was made with "
-                            f"{getattr(made_for, name)!r}. It cannot change once state exists; set it back, or "
-                            "construct a new optimizer."
-                        )
-                unchanged = made_for
-                if shard.param.shape != shard.local_shape:
-                    raise UnsupportedLayoutError(
-                        f"parameter {shard.name!r} has shape {tuple(shard.param.shape)} now, its state was made for "
-                        f"{shard.local_shape}. Construct a new optimizer after changing a parameter's shape."
+    def _require_supported(
+        self, members: Sequence[Tensor], config: MicroAdamConfig, layouts: Mapping[Tensor, StateLayout]
+    ) -> None:
+        """The gradients can be used, and the settings and the shapes are those that state is laid out for."""
+        unchanged = None
+        for p in members:
+            shard, made_for = self._shards[p], layouts[p].config
+            for name in STRUCTURAL_SETTINGS if made_for is not unchanged else ():
+                if getattr(config, name) != getattr(made_for, name):
+                    raise ConfigError(
+                        f"{name}={getattr(config, name)!r}: the state of parameter {shard.name!r} was made with "
+                        f"{getattr(made_for, name)!r}. It cannot change once state exists; set it back, or "
+                        "construct a new optimizer."
                     )
+            unchanged = made_for
+            if shard.param.shape != shard.local_shape:
+                raise UnsupportedLayoutError(
+                    f"parameter {shard.name!r} has shape {tuple(shard.param.shape)} now, its state was made for "
+                    f"{shard.local_shape}. Construct a new optimizer after changing a parameter's shape."
+                )
+            _ = shard.grad  # raises if it cannot be used
 
 
 def _with_numbers(settings: Mapping[str, Any], config: MicroAdamConfig) -> dict[str, Any]:

@@ -234,10 +234,10 @@ class ShardedOptimizer(Optimizer):
         if self._exchange is not None:
             self._exchange.forget(p)
 
-    def _unwrapped_state(self, p: Tensor) -> Mapping[str, Tensor]:
+    def _unwrapped_state(self, p: Tensor, shard: Shard) -> Mapping[str, Tensor]:
         """This rank's part of the state tensors of ``p``, and ``step``."""
         state: dict[str, Tensor] = self.state[p]
-        if type(self._shards[p]).unwrap is Shard.unwrap:  # a dictionary a tensor and step is work for the collector
+        if type(shard).unwrap is Shard.unwrap:  # a dictionary a tensor and step is work for the collector
             return state
         return {"step": state["step"], **self._local_state(p)}
 

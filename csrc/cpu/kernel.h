@@ -49,7 +49,7 @@ typedef float Moments __attribute__((vector_size(8), may_alias));
 
 // Buffers of one thread, each with kPad more elements than said.
 struct Scratch {
-  float* accumulator;    // (numel) accumulator, then residual, then the touched weights or their updates
+  float* accumulator;    // (numel) accumulator, then residual
   Moments* moments;      // (numel) window sums by coordinate; all zero between blocks
   uint16_t* indices;     // (num_kept) the newest slot
   Bf16* values;          // (num_kept)
@@ -63,8 +63,9 @@ struct Scratch {
   uint32_t* candidate_bits;  // (numel) and the accumulator there
 
   // update of the weights; may overlap with what the selection needs
-  uint16_t* touched;  // (numel) the coordinates in the window, each once
-  Moments* sums;      // (numel) and their window sums
+  Moments* terms;     // (num_kept) what one slot adds to the window sums
+  Moments* sums;      // (entries) window sums of the entries in the window
+  uint16_t* weights;  // (entries) and the weights there, if they have 16 bits
 };
 
 struct Kernel {

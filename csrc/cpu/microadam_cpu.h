@@ -15,7 +15,7 @@ extern "C" {
 #define MICROADAM_API __attribute__((visibility("default")))
 
 /* Raised with every change of a structure or a signature below. */
-#define MICROADAM_CPU_ABI_VERSION 3
+#define MICROADAM_CPU_ABI_VERSION 4
 
 enum microadam_dtype { MICROADAM_FP32 = 0, MICROADAM_BF16 = 1, MICROADAM_FP16 = 2 };
 
@@ -47,21 +47,27 @@ typedef struct {
   int64_t newest_slot; /* step mod window_size */
 } microadam_scalars;
 
+/* Where everything of a tensor lies. */
+typedef struct {
+  const microadam_block_run* block_runs;
+  const microadam_dense_run* dense_runs;
+  int64_t num_block_runs, num_dense_runs;
+} microadam_layout;
+
 /* One local tensor; every field has 8 bytes. Pointers to what a tensor does not have are null. Without a gradient the
  * newest slot is in the window already, only the weights of the blocks are updated, and dense runs are passed over. */
 typedef struct {
+  const microadam_layout* layout;
+  const microadam_scalars* scalars;
   void* param;
   const void* grad;
   uint16_t* param_copy; /* optional second output: the new weights rounded to bf16 */
+  int64_t* counter;     /* optional: 1 is added */
   uint8_t* codes;
   uint16_t *bucket_lo, *bucket_hi; /* bf16 */
   uint16_t* indices;
   uint16_t* values; /* bf16 */
   float *exp_avg, *exp_avg_sq;
-  const microadam_block_run* block_runs;
-  const microadam_dense_run* dense_runs;
-  int64_t num_block_runs, num_dense_runs;
-  const microadam_scalars* scalars;
   int64_t param_dtype, grad_dtype; /* enum microadam_dtype */
 } microadam_tensor;
 

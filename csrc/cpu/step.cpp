@@ -52,15 +52,16 @@ void plan(Call& call, const microadam_tensor* tensors, int64_t num_tensors) {
   const int64_t bucket_size = call.settings->bucket_size;
   int64_t max_numel = 0, max_kept = 0, max_buckets = 0;
   for (const microadam_tensor* tensor = tensors; tensor != tensors + num_tensors; ++tensor) {
-    for (int64_t i = 0; i < tensor->num_block_runs; ++i) {
-      const microadam_block_run& run = tensor->block_runs[i];
+    const microadam_layout& layout = *tensor->layout;
+    for (int64_t i = 0; i < layout.num_block_runs; ++i) {
+      const microadam_block_run& run = layout.block_runs[i];
       add_job(call, *tensor, &run, nullptr, run.rows * run.cols, std::max<int64_t>(1, kPieceNumel / run.numel));
       max_numel = std::max(max_numel, run.numel);
       max_kept = std::max(max_kept, run.num_kept);
       max_buckets = std::max(max_buckets, divide_up(run.numel, bucket_size));
     }
-    for (int64_t i = 0; i < tensor->num_dense_runs && tensor->grad != nullptr; ++i) {
-      add_job(call, *tensor, nullptr, &tensor->dense_runs[i], tensor->dense_runs[i].numel, kPieceNumel);
+    for (int64_t i = 0; i < layout.num_dense_runs && tensor->grad != nullptr; ++i) {
+      add_job(call, *tensor, nullptr, &layout.dense_runs[i], layout.dense_runs[i].numel, kPieceNumel);
     }
   }
   call.max_numel = static_cast<int>(max_numel);
@@ -106,8 +107,10 @@ Scratch carve(const Call& call, Carver& carver) {
   s.candidate_bits = carver.take<uint32_t>(call.max_numel);
   const size_t end = carver.used();
   carver.go_to(shared);
-  s.touched = carver.take<uint16_t>(call.max_numel);
-  s.sums = carver.take<Moments>(call.max_numel);
+  const int max_entries = call.max_kept * static_cast<int>(call.settings->window_size);
+  s.terms = carver.take<Moments>(call.max_kept);
+  s.sums = carver.take<Moments>(max_entries);
+  s.weights = carver.take<uint16_t>(max_entries);
   carver.go_to(std::max(end, carver.used()));
   return s;
 }
@@ -247,6 +250,12 @@ int64_t run(Call& call, const microadam_tensor* tensors, int64_t num_tensors, in
   return call.num_skipped;
 }
 
+void count_steps(const microadam_tensor* tensors, int64_t num_tensors) {
+  for (const microadam_tensor* tensor = tensors; tensor != tensors + num_tensors; ++tensor) {
+    if (tensor->counter != nullptr) ++*tensor->counter;
+  }
+}
+
 }  // namespace
 }  // namespace microadam
 
@@ -264,7 +273,9 @@ int64_t microadam_cpu_step(const microadam_settings* settings, const microadam_t
     microadam::Call call;
     call.settings = settings;
     call.kernel = microadam::kernel_of(isa);
-    return microadam::run(call, tensors, num_tensors, num_threads);
+    const int64_t num_skipped = microadam::run(call, tensors, num_tensors, num_threads);
+    if (num_skipped >= 0) microadam::count_steps(tensors, num_tensors);
+    return num_skipped;
   } catch (const std::bad_alloc&) {
     return -1;
   }

@@ -10,7 +10,11 @@
 namespace microadam {
 namespace {
 
-constexpr int kChunk = 256;  // window entries worked on at a time
+// Coordinates to which the sums of `Scratch` belong.
+struct Entries {
+  const uint16_t* indices;
+  int count;
+};
 
 inline int64_t slot_of_age(const Step& step, int64_t age) {
   const int64_t slot = step.scalars->newest_slot - age;
@@ -59,67 +63,45 @@ inline void weigh(const Bf16* values, int count, int64_t readable, float m_weigh
   }
 }
 
-// use(index, b1^r V_r and b2^r V_r^2) for every entry of the slot of age r.
-template <class Use>
-inline void for_each_entry(const Block& block, const Step& step, int64_t age, const Use& use) {
-  const int64_t begin = slot_of_age(step, age) * block.num_kept, end = begin + block.num_kept;
-  const int64_t window_end = step.scalars->num_weights * block.num_kept;
-  const float m_weight = step.scalars->m_weights[age], v_weight = step.scalars->v_weights[age];
-  Moments terms[kChunk + kLanes];
-  for (int64_t start = begin; start < end; start += kChunk) {
-    const int count = static_cast<int>(smaller(kChunk, end - start));
-    const uint16_t* indices = block.indices + start;
-    weigh(block.values + start, count, window_end - start, m_weight, v_weight, terms);
-    for (int i = 0; i < count; ++i) use(indices[i], terms[i]);
-  }
+// b1^r V_r and b2^r V_r^2 of the slot of age r, to the terms. Returns the slot's indices.
+inline const uint16_t* weigh_slot(const Block& block, const Step& step, int64_t age, const Scratch& s) {
+  const microadam_scalars& scalars = *step.scalars;
+  const int64_t start = slot_of_age(step, age) * block.num_kept;
+  const int64_t readable = scalars.num_weights * block.num_kept - start;
+  weigh(block.values + start, block.num_kept, readable, scalars.m_weights[age], scalars.v_weights[age], s.terms);
+  return block.indices + start;
 }
 
-// Moves the sums of window entries [begin, end) to the end of the list, each coordinate once, and leaves zeros for the
-// next block. Sums of nothing but zeros change no weight and are left out. Returns the new length of the list.
-inline int list_touched(const Block& block, int64_t begin, int64_t end, int count, const Scratch& s) {
+// M and V at the entries of a window of two valid slots or more. A coordinate that comes several times has its sums at
+// its last entry and zeros, which change no weight, at the others; going backwards leaves zeros for the next block too.
+inline Entries sum_window(const Block& block, const Step& step, const Scratch& s) {
   Moments *moments = s.moments, *sums = s.sums;
-  uint16_t* touched = s.touched;
-  for (int64_t i = begin; i < end; ++i) {  // without branches: the second time a coordinate comes it has a zero
-    const uint16_t index = block.indices[i];
-    const Moments sum = moments[index];
-    moments[index] = Moments{0.f, 0.f};
-    touched[count] = index;
-    sums[count] = sum;
-    uint64_t bits;
-    memcpy(&bits, &sum, sizeof bits);
-    count += bits != 0;
-  }
-  return count;
-}
-
-// M and V of the coordinates in a window of two valid slots or more, as lists. Returns the number of coordinates.
-inline int sum_window(const Block& block, const Step& step, const Scratch& s) {
-  Moments *moments = s.moments, *sums = s.sums;
-  uint16_t* touched = s.touched;
-  const int64_t oldest = step.scalars->num_weights - 1;
+  const Moments* terms = s.terms;
   prefetch_next_window(block, step);
-  for_each_entry(block, step, oldest, [=](uint16_t index, Moments term) { moments[index] = term; });
-  for (int64_t age = oldest - 1; age > 0; --age) {
-    for_each_entry(block, step, age, [=](uint16_t index, Moments term) { moments[index] += term; });
+  for (int64_t age = step.scalars->num_weights - 1; age >= 0; --age) {
+    const uint16_t* indices = weigh_slot(block, step, age, s);
+#pragma GCC unroll 4
+    for (int i = 0; i < block.num_kept; ++i) moments[indices[i]] += terms[i];
   }
-  int count = 0;
-  for_each_entry(block, step, 0, [=, &count](uint16_t index, Moments term) {
-    touched[count] = index;
-    sums[count++] = moments[index] + term;
-    moments[index] = Moments{0.f, 0.f};
-  });
-  // The valid slots lie one after the other, from the beginning; what is left are those before and after the newest.
-  const int64_t newest = step.scalars->newest_slot * block.num_kept;
-  count = list_touched(block, 0, newest, count, s);
-  return list_touched(block, newest + block.num_kept, (oldest + 1) * block.num_kept, count, s);
+  // The valid slots lie one after the other, from the beginning.
+  const Entries entries = {block.indices, static_cast<int>(step.scalars->num_weights * block.num_kept)};
+#pragma GCC unroll 4
+  for (int i = entries.count - 1; i >= 0; --i) {
+    sums[i] = moments[entries.indices[i]];
+    moments[entries.indices[i]] = Moments{0.f, 0.f};
+  }
+  return entries;
 }
 
 // The same when the newest slot is all there is.
-inline int weigh_newest(const Block& block, const Step& step, const Scratch& s) {
+inline Entries weigh_newest(const Block& block, const Step& step, const Scratch& s) {
   const int count = block.num_kept;
   weigh(s.values, count, count + kPad, step.scalars->m_weights[0], step.scalars->v_weights[0], s.sums);
-  memcpy(s.touched, s.indices, static_cast<size_t>(count) * sizeof(uint16_t));
-  return count;
+  return {s.indices, count};
+}
+
+inline Entries sum_entries(const Block& block, const Step& step, const Scratch& s) {
+  return step.scalars->num_weights == 1 ? weigh_newest(block, step, s) : sum_window(block, step, s);
 }
 
 // lr * (m / (eps + sqrt(v))) of a vector of sums.
@@ -133,15 +115,15 @@ inline Floats adam_update(const Moments* sums, const microadam_scalars& scalars)
 // p = p * (1 - lr*wd);  p[touched] -= lr * (m / (eps + sqrt(v)))
 inline void update_weights(float* param, const Block& block, const Step& step, const Scratch& s) {
   const microadam_scalars& scalars = *step.scalars;
-  const int count = scalars.num_weights == 1 ? weigh_newest(block, step, s) : sum_window(block, step, s);
+  const auto [indices, count] = sum_entries(block, step, s);
   if (scalars.decay != 1.f) {
     const Floats decay = splat(scalars.decay);
     transform(param, param, block.numel, [=](Floats w) { return w * decay; });
   }
-  const uint16_t* touched = s.touched;
-  float* updates = s.accumulator;  // no longer needed
+  float* updates = reinterpret_cast<float*>(s.sums);  // each takes the place of half a sum that has been used
   for (int i = 0; i < count; i += kLanes) store(updates + i, adam_update(s.sums + i, scalars));
-  for (int i = 0; i < count; ++i) param[touched[i]] -= updates[i];
+#pragma GCC unroll 4
+  for (int i = 0; i < count; ++i) param[indices[i]] -= updates[i];
 }
 
 // Whether a weight times `decay` rounds to the weight itself, whatever the weight: with b significant bits its
@@ -153,18 +135,19 @@ inline bool rounds_away(const Fp16*, float decay) { return decay <= 1.f && 1.f -
 template <class Param>
 inline void update_weights(Param* param, const Block& block, const Step& step, const Scratch& s) {
   const microadam_scalars& scalars = *step.scalars;
-  const int count = scalars.num_weights == 1 ? weigh_newest(block, step, s) : sum_window(block, step, s);
+  const auto [indices, count] = sum_entries(block, step, s);
   const Floats decay = splat(scalars.decay);
-  const uint16_t* touched = s.touched;
-  Param* weights = reinterpret_cast<Param*>(s.accumulator);  // no longer needed
-  for (int i = 0; i < count; ++i) weights[i] = param[touched[i]];
+  Param* weights = reinterpret_cast<Param*>(s.weights);
+#pragma GCC unroll 4
+  for (int i = 0; i < count; ++i) weights[i] = param[indices[i]];
   if (!rounds_away(param, scalars.decay)) {
     transform(param, param, block.numel, [=](Floats w) { return w * decay; });
   }
   for (int i = 0; i < count; i += kLanes) {
     store(weights + i, load(weights + i) * decay - adam_update(s.sums + i, scalars));
   }
-  for (int i = 0; i < count; ++i) param[touched[i]] = weights[i];
+#pragma GCC unroll 4
+  for (int i = 0; i < count; ++i) param[indices[i]] = weights[i];
 }
 
 }  // namespace

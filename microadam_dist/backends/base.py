@@ -29,7 +29,8 @@ class TensorStep(NamedTuple):
         step: Steps this tensor has taken before.
         param_copy: As many elements, bf16, or None. A second output: wherever the layout has spans it holds the
             parameter after the step, rounded.
-        counter: 0-dim int64, or None. `CapturableBackend.step_on_device` counts the steps there instead, on the device.
+        counter: 0-dim int64, or None; 1 is added. `CapturableBackend.step_on_device` reads ``step`` from it, on the
+            device.
     """
 
     param: Tensor
@@ -90,7 +91,7 @@ class CapturableBackend(Backend, Protocol):
     def step_on_device(
         self, tensors: Sequence[TensorStep], config: MicroAdamConfig, inputs: DeviceInputs
     ) -> int | Tensor:
-        """As `Backend.step`, but the steps are counted in the tensors' ``counter``, to which 1 is added.
+        """As `Backend.step`, but the steps taken before are read from the tensors' ``counter``.
 
         Args:
             tensors: The tensors, all with the settings ``config``.
@@ -103,6 +104,13 @@ def readable_grads(tensors: Iterable[TensorStep]) -> list[Tensor | None]:
     """The gradients in a dtype that the fused kernels read."""
     grads = [tensor.grad for tensor in tensors]
     return [grad if grad is None or grad.dtype in _KERNEL_DTYPES else grad.float() for grad in grads]
+
+
+def count_steps(tensors: Iterable[TensorStep]) -> None:
+    """Add 1 to the counters of tensors that have been stepped."""
+    counters = [tensor.counter for tensor in tensors if tensor.counter is not None]
+    if counters:
+        torch._foreach_add_(counters, 1)
 
 
 BACKEND_NAMES = ("auto", "reference", "cpu", "cuda")

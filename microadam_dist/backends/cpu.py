@@ -25,7 +25,7 @@ from ..layout import BlockRun, Extent, StateLayout
 from ..scalars import StepScalars
 from .base import TensorStep, readable_grads
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 LIBRARY_NAME = "libmicroadam_cpu.so"
 ISAS = {"portable": 0, "avx2": 1, "avx512": 2}  # slowest first
 
@@ -70,17 +70,25 @@ class _Settings(Structure):
     _fields_ = [("window_size", c_int64), ("bucket_size", c_int64)]
 
 
-class _Runs:
-    """The runs of one layout as the kernel reads them; they never change."""
+class _LayoutFields(Structure):
+    _fields_ = [
+        ("block_runs", POINTER(_BlockRun)),
+        ("dense_runs", POINTER(_DenseRun)),
+        ("num_block_runs", c_int64),
+        ("num_dense_runs", c_int64),
+    ]
+
+
+class _Layout:
+    """One layout as the kernel reads it; it never changes."""
 
     def __init__(self, layout: StateLayout) -> None:
-        self.blocks = (_BlockRun * len(layout.runs))(*map(_block_run, layout.runs))
-        self.dense = (_DenseRun * len(layout.dense_runs))(
+        blocks = (_BlockRun * len(layout.runs))(*map(_block_run, layout.runs))
+        dense = (_DenseRun * len(layout.dense_runs))(
             *(_DenseRun(run.start, run.numel, run.state_start) for run in layout.dense_runs)
         )
-        # As microadam_tensor has them.
-        addresses = ctypes.addressof(self.blocks), ctypes.addressof(self.dense)
-        self.fields = (*addresses, len(self.blocks), len(self.dense))
+        self._fields = _LayoutFields(blocks, dense, len(blocks), len(dense))
+        self.address = ctypes.addressof(self._fields)
 
 
 def _block_run(run: BlockRun) -> _BlockRun:
@@ -111,7 +119,7 @@ class CpuBackend:
         self._requested = (isa, num_threads)
         self.isa = _select_isa(isa or os.environ.get("MICROADAM_CPU_ISA"))
         self._num_threads = num_threads
-        self._runs: dict[int, _Runs] = {}  # by id of the layout, as long as it lives
+        self._layouts: dict[int, _Layout] = {}  # by id of the layout, as long as it lives
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self._requested
@@ -158,27 +166,27 @@ class CpuBackend:
 
         Field by field, because a Python call a tensor takes longer than the step of a small one.
         """
+        for tensor in tensors:
+            if id(tensor.layout) not in self._layouts:
+                self._add_layout(tensor.layout)
+        states = [tensor.state for tensor in tensors]
         fields = [
+            [self._layouts[id(tensor.layout)].address for tensor in tensors],
+            [scalars[tensor.step] for tensor in tensors],
             [tensor.param.data_ptr() for tensor in tensors],
             [0 if grad is None else grad.data_ptr() for grad in grads],
             [0 if tensor.param_copy is None else tensor.param_copy.data_ptr() for tensor in tensors],
-            *(
-                [tensor.state[name].data_ptr() if name in tensor.state else 0 for tensor in tensors]
-                for name in _STATE_NAMES
-            ),
-            *zip(*(self._runs_of(tensor.layout).fields for tensor in tensors), strict=True),
-            [scalars[tensor.step] for tensor in tensors],
+            [0 if tensor.counter is None else tensor.counter.data_ptr() for tensor in tensors],
+            *([state[name].data_ptr() if name in state else 0 for state in states] for name in _STATE_NAMES),
             [_DTYPES[tensor.param.dtype] for tensor in tensors],
             [_DTYPES[torch.float32 if grad is None else grad.dtype] for grad in grads],
         ]
         return array("q", chain.from_iterable(zip(*fields, strict=True)))
 
-    def _runs_of(self, layout: StateLayout) -> _Runs:
+    def _add_layout(self, layout: StateLayout) -> None:
         key = id(layout)  # to hash a layout takes longer than to update a small tensor
-        if key not in self._runs:
-            self._runs[key] = _Runs(layout)
-            weakref.finalize(layout, self._runs.pop, key, None).atexit = False
-        return self._runs[key]
+        self._layouts[key] = _Layout(layout)
+        weakref.finalize(layout, self._layouts.pop, key, None).atexit = False
 
 
 @functools.lru_cache(maxsize=8)  # an engine that updates parameter by parameter asks for the same ones again and again

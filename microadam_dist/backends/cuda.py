@@ -17,7 +17,7 @@ from ..config import MicroAdamConfig
 from ..errors import BackendUnavailableError, ConfigError
 from ..layout import StateLayout
 from . import nvrtc
-from .base import DeviceInputs, TensorStep, readable_grads
+from .base import DeviceInputs, TensorStep, count_steps, readable_grads
 from .cuda_launch import (
     SCALARS_BYTES,
     Launch,
@@ -96,7 +96,9 @@ class CudaBackend:
 
     def step(self, tensors: Sequence[TensorStep], config: MicroAdamConfig, grad_scale: float) -> int | Tensor:
         """See `Backend.step`."""
-        return self._step(tensors, config, grad_scale, None)
+        num_skipped = self._step(tensors, config, grad_scale, None)
+        count_steps(tensors)
+        return num_skipped
 
     def step_on_device(
         self, tensors: Sequence[TensorStep], config: MicroAdamConfig, inputs: DeviceInputs

@@ -12,7 +12,7 @@ from ..config import MicroAdamConfig
 from ..layout import DENSE_TENSORS, BlockRun, DenseRun
 from ..scalars import StepScalars
 from ..state import block_views
-from .base import TensorStep
+from .base import TensorStep, count_steps
 
 # Blocks are independent, so a large run is worked off in pieces to bound the temporaries (about 100 bytes an element).
 CHUNK_NUMEL = 1 << 20
@@ -41,6 +41,7 @@ class ReferenceBackend:
                 for span in tensor.layout.spans:
                     local = slice(span.offset, span.offset + span.numel)
                     tensor.param_copy.view(-1)[local] = tensor.param.view(-1)[local]
+        count_steps(tensors)
         return int(torch.stack(skipped).sum()) if skipped else 0
 
     @staticmethod

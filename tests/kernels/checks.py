@@ -69,13 +69,14 @@ def _train_many_tensors(backend: Backend, num_calls: int, one_by_one: bool, devi
         shape = ((i + 1, 300), (i + 7,), (70, 64 + i))[i % 3]
         layout = StateLayout((ShardSpan(str(i), shape, 0, math.prod(shape)),), config)
         param = torch.randn(math.prod(shape), generator=generator).to((FP32, BF16, FP16)[i % 3]).to(device)
-        tensors.append(TensorStep(param, param, allocate_state(layout, param.device), layout, 0))
+        state = allocate_state(layout, param.device)
+        tensors.append(TensorStep(param, param, state, layout, 0, counter=torch.tensor(i)))
     for call in range(num_calls):
         now = []
         for i, t in enumerate(tensors):
             grad = torch.randn(t.param.shape, generator=generator).to(device)
-            # More different steps than a backend's cache of scalars may hold.
-            now.append(TensorStep(t.param, grad, t.state, t.layout, call + i))
+            assert t.counter == call + i  # more different steps than a backend's cache of scalars may hold
+            now.append(t._replace(grad=grad, step=call + i))
         for members in [[t] for t in now] if one_by_one else [now]:
             backend.step(members, config, 1.0)
     return [tensor.cpu() for t in tensors for tensor in (t.param, *t.state.values())]

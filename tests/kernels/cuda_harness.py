@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from microadam_dist.backends.base import DeviceInputs, TensorStep, readable_grads
+from microadam_dist.backends.base import DeviceInputs, TensorStep, count_steps, readable_grads
 from microadam_dist.backends.cuda_launch import (
     SCALARS_BYTES,
     Launch,
@@ -81,7 +81,9 @@ class HarnessBackend:
         pass
 
     def step(self, tensors: Sequence[TensorStep], config: MicroAdamConfig, grad_scale: float) -> int:
-        return self._step(tensors, config, grad_scale, None)
+        num_skipped = self._step(tensors, config, grad_scale, None)
+        count_steps(tensors)
+        return num_skipped
 
     def step_on_device(self, tensors: Sequence[TensorStep], config: MicroAdamConfig, inputs: DeviceInputs) -> int:
         return self._step(tensors, config, 1.0, inputs)
