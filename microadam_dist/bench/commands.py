@@ -18,7 +18,7 @@ import torch
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ..backends.cpu import CpuBackend
@@ -133,7 +133,13 @@ def _run(
     rows: list[Row] = []
     missing: dict[str, str] = {}
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console) as bar:
+    # Drawn between the steps: a thread that draws takes time from the step that runs.
+    with Progress(*columns, console=console, auto_refresh=False) as bar:
+
+        def progress(task: TaskID) -> None:
+            bar.advance(task)
+            bar.refresh()
+
         for workload, (name, dtype) in cases:
             task = bar.add_task(f"{workload.name} {name}", total=None)
             contenders, missing = make_contenders(workload, dtype, comparison)
@@ -144,7 +150,7 @@ def _run(
                 contenders,
                 warmup=warmup,
                 repeats=repeats,
-                progress=partial(bar.advance, task),
+                progress=partial(progress, task),
             )
             del contenders  # before the next ones are made
     return rows, missing
