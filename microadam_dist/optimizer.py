@@ -257,17 +257,17 @@ class MicroAdam(ShardedOptimizer):
         shards = [self._shards[p] for p in members]
         params = [shard.param for shard in shards]
         states = [self._unwrapped_state(p, shard) for p, shard in zip(members, shards, strict=True)]
-        steps = [
-            TensorStep(
-                param.contiguous(),
-                shard.grad.contiguous(),
-                state,
-                self._layouts[p],
-                0 if self.capturable else int(state["step"]),
-                counter=state["step"],
-            )
-            for p, shard, param, state in zip(members, shards, params, states, strict=True)
-        ]
+        counters = [state["step"] for state in states]
+        fields = (
+            [param.contiguous() for param in params],
+            [shard.grad.contiguous() for shard in shards],
+            states,
+            [self._layouts[p] for p in members],
+            [0 if self.capturable else int(counter) for counter in counters],
+            [None] * len(members),  # no second output
+            counters,
+        )
+        steps = [TensorStep(*row) for row in zip(*fields, strict=True)]
         if self._meter is not None and not isinstance(inputs, DeviceInputs) and self._meter.is_due(self.param_groups):
             sharding_groups = [shard.sharding_group for shard in shards]
             self._meter.measure(zip(steps, sharding_groups, strict=True), config, inputs)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import struct
 import weakref
-from array import array
 from collections.abc import Mapping, Sequence
 from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int, c_int64, c_void_p
 from itertools import chain
@@ -145,15 +145,16 @@ class CpuBackend:
 
     def step(self, tensors: Sequence[TensorStep], config: MicroAdamConfig, grad_scale: float) -> int:
         """See `Backend.step`."""
-        for tensor in tensors[:1]:
-            self.check(config, tensor.param.device)
+        if not tensors:
+            return 0
+        self.check(config, tensors[0].param.device)
         steps = {tensor.step for tensor in tensors}
         scalars = {step: _scalars(step, config, grad_scale) for step in steps}  # alive until the call is over, as grads
         grads = readable_grads(tensors)
         settings = _Settings(config.window_size, config.bucket_size)
         table = self._table(tensors, grads, {step: ctypes.addressof(members) for step, members in scalars.items()})
         num_skipped = self._library.microadam_cpu_step(
-            byref(settings), table.buffer_info()[0], len(tensors), ISAS[self.isa], self.num_threads
+            byref(settings), table, len(tensors), ISAS[self.isa], self.num_threads
         )
         if num_skipped < 0:
             raise MemoryError("the CPU kernel could not allocate its scratch memory, less than 1 MB a thread.")
@@ -161,27 +162,25 @@ class CpuBackend:
 
     def _table(
         self, tensors: Sequence[TensorStep], grads: Sequence[Tensor | None], scalars: Mapping[int, int]
-    ) -> array[int]:
+    ) -> bytes:
         """One microadam_tensor a tensor, from the address of the scalars by step.
 
         Field by field, because a Python call a tensor takes longer than the step of a small one.
         """
-        for tensor in tensors:
-            if id(tensor.layout) not in self._layouts:
-                self._add_layout(tensor.layout)
-        states = [tensor.state for tensor in tensors]
+        params, _, states, layouts, steps, copies, counters = zip(*tensors, strict=True)
+        for layout in layouts:
+            if id(layout) not in self._layouts:
+                self._add_layout(layout)
         fields = [
-            [self._layouts[id(tensor.layout)].address for tensor in tensors],
-            [scalars[tensor.step] for tensor in tensors],
-            [tensor.param.data_ptr() for tensor in tensors],
-            [0 if grad is None else grad.data_ptr() for grad in grads],
-            [0 if tensor.param_copy is None else tensor.param_copy.data_ptr() for tensor in tensors],
-            [0 if tensor.counter is None else tensor.counter.data_ptr() for tensor in tensors],
+            [self._layouts[id(layout)].address for layout in layouts],
+            [scalars[step] for step in steps],
+            [param.data_ptr() for param in params],
+            *([0 if x is None else x.data_ptr() for x in optional] for optional in (grads, copies, counters)),
             *([state[name].data_ptr() if name in state else 0 for state in states] for name in _STATE_NAMES),
-            [_DTYPES[tensor.param.dtype] for tensor in tensors],
+            [_DTYPES[param.dtype] for param in params],
             [_DTYPES[torch.float32 if grad is None else grad.dtype] for grad in grads],
         ]
-        return array("q", chain.from_iterable(zip(*fields, strict=True)))
+        return struct.pack(f"{len(fields) * len(tensors)}q", *chain.from_iterable(zip(*fields, strict=True)))
 
     def _add_layout(self, layout: StateLayout) -> None:
         key = id(layout)  # to hash a layout takes longer than to update a small tensor
