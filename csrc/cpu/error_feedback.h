@@ -118,7 +118,7 @@ inline void accumulate(const Grad* grad, const Block& block, const Step& step, c
 inline void clear_kept(const Block& block, const Scratch& s) {
   float* accumulator = s.accumulator;
   const uint16_t* indices = s.indices;
-#pragma GCC unroll 4
+  MICROADAM_UNROLL
   for (int i = 0; i < block.num_kept; ++i) accumulator[indices[i]] = 0.f;
 }
 

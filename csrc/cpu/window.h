@@ -80,12 +80,12 @@ inline Entries sum_window(const Block& block, const Step& step, const Scratch& s
   prefetch_next_window(block, step);
   for (int64_t age = step.scalars->num_weights - 1; age >= 0; --age) {
     const uint16_t* indices = weigh_slot(block, step, age, s);
-#pragma GCC unroll 4
+    MICROADAM_UNROLL
     for (int i = 0; i < block.num_kept; ++i) moments[indices[i]] += terms[i];
   }
   // The valid slots lie one after the other, from the beginning.
   const Entries entries = {block.indices, static_cast<int>(step.scalars->num_weights * block.num_kept)};
-#pragma GCC unroll 4
+  MICROADAM_UNROLL
   for (int i = entries.count - 1; i >= 0; --i) {
     sums[i] = moments[entries.indices[i]];
     moments[entries.indices[i]] = Moments{0.f, 0.f};
@@ -122,7 +122,7 @@ inline void update_weights(float* param, const Block& block, const Step& step, c
   }
   float* updates = reinterpret_cast<float*>(s.sums);  // each takes the place of half a sum that has been used
   for (int i = 0; i < count; i += kLanes) store(updates + i, adam_update(s.sums + i, scalars));
-#pragma GCC unroll 4
+  MICROADAM_UNROLL
   for (int i = 0; i < count; ++i) param[indices[i]] -= updates[i];
 }
 
@@ -138,7 +138,7 @@ inline void update_weights(Param* param, const Block& block, const Step& step, c
   const auto [indices, count] = sum_entries(block, step, s);
   const Floats decay = splat(scalars.decay);
   Param* weights = reinterpret_cast<Param*>(s.weights);
-#pragma GCC unroll 4
+  MICROADAM_UNROLL
   for (int i = 0; i < count; ++i) weights[i] = param[indices[i]];
   if (!rounds_away(param, scalars.decay)) {
     transform(param, param, block.numel, [=](Floats w) { return w * decay; });
@@ -146,7 +146,7 @@ inline void update_weights(Param* param, const Block& block, const Step& step, c
   for (int i = 0; i < count; i += kLanes) {
     store(weights + i, load(weights + i) * decay - adam_update(s.sums + i, scalars));
   }
-#pragma GCC unroll 4
+  MICROADAM_UNROLL
   for (int i = 0; i < count; ++i) param[indices[i]] = weights[i];
 }
 

@@ -157,7 +157,7 @@ class CpuBackend:
             byref(settings), table, len(tensors), ISAS[self.isa], self.num_threads
         )
         if num_skipped < 0:
-            raise MemoryError("the CPU kernel could not allocate its scratch memory, less than 1 MB a thread.")
+            raise MemoryError("the CPU kernel could not allocate its scratch memory; nothing has been changed.")
         return int(num_skipped)
 
     def _table(
