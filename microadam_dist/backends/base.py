@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import struct
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -104,6 +106,47 @@ def readable_grads(tensors: Iterable[TensorStep]) -> list[Tensor | None]:
     """The gradients in a dtype that the fused kernels read."""
     grads = [tensor.grad for tensor in tensors]
     return [grad if grad is None or grad.dtype in _KERNEL_DTYPES else grad.float() for grad in grads]
+
+
+STATE_NAMES = ("codes", "bucket_lo", "bucket_hi", "indices", "values", "exp_avg", "exp_avg_sq")
+
+
+class Addresses(NamedTuple):
+    """Addresses of tensors, a list for each field with one entry a `TensorStep`; 0 for what it does not have.
+
+    Field by field, because a Python call a tensor takes longer than the step of a small one.
+
+    Attributes:
+        param, grad, param_copy, counter: As in `TensorStep`; ``grad`` as it was given.
+        state: One list for each of `STATE_NAMES`.
+    """
+
+    param: list[int]
+    grad: list[int]
+    param_copy: list[int]
+    counter: list[int]
+    state: list[list[int]]
+
+    @classmethod
+    def of(cls, tensors: Sequence[TensorStep], grads: Sequence[Tensor | None]) -> Addresses:
+        """Of tensors and their gradients."""
+        states = [tensor.state for tensor in tensors]
+        return cls(
+            param=[tensor.param.data_ptr() for tensor in tensors],
+            grad=_optional(grads),
+            param_copy=_optional([tensor.param_copy for tensor in tensors]),
+            counter=_optional([tensor.counter for tensor in tensors]),
+            state=[[state[name].data_ptr() if name in state else 0 for state in states] for name in STATE_NAMES],
+        )
+
+
+def _optional(tensors: Sequence[Tensor | None]) -> list[int]:
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def pack_rows(fields: Sequence[Sequence[int]]) -> bytes:
+    """A table of 64-bit integers, row by row, from its fields."""
+    return struct.pack(f"{sum(map(len, fields))}q", *chain.from_iterable(zip(*fields, strict=True)))
 
 
 def count_steps(tensors: Iterable[TensorStep]) -> None:

@@ -8,11 +8,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-import struct
 import weakref
 from collections.abc import Mapping, Sequence
 from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int, c_int64, c_void_p
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from ..config import MicroAdamConfig
 from ..errors import BackendUnavailableError, ConfigError
 from ..layout import BlockRun, Extent, StateLayout
 from ..scalars import StepScalars
-from .base import TensorStep, readable_grads
+from .base import Addresses, TensorStep, pack_rows, readable_grads
 
 ABI_VERSION = 4
 LIBRARY_NAME = "libmicroadam_cpu.so"
@@ -61,9 +59,6 @@ class _Scalars(Structure):
         ("num_weights", c_int64),
         ("newest_slot", c_int64),
     ]
-
-
-_STATE_NAMES = ("codes", "bucket_lo", "bucket_hi", "indices", "values", "exp_avg", "exp_avg_sq")
 
 
 class _Settings(Structure):
@@ -163,24 +158,23 @@ class CpuBackend:
     def _table(
         self, tensors: Sequence[TensorStep], grads: Sequence[Tensor | None], scalars: Mapping[int, int]
     ) -> bytes:
-        """One microadam_tensor a tensor, from the address of the scalars by step.
-
-        Field by field, because a Python call a tensor takes longer than the step of a small one.
-        """
-        params, _, states, layouts, steps, copies, counters = zip(*tensors, strict=True)
-        for layout in layouts:
-            if id(layout) not in self._layouts:
-                self._add_layout(layout)
+        """One microadam_tensor a tensor, from the address of the scalars by step."""
+        for tensor in tensors:
+            if id(tensor.layout) not in self._layouts:
+                self._add_layout(tensor.layout)
+        addresses = Addresses.of(tensors, grads)
         fields = [
-            [self._layouts[id(layout)].address for layout in layouts],
-            [scalars[step] for step in steps],
-            [param.data_ptr() for param in params],
-            *([0 if x is None else x.data_ptr() for x in optional] for optional in (grads, copies, counters)),
-            *([state[name].data_ptr() if name in state else 0 for state in states] for name in _STATE_NAMES),
-            [_DTYPES[param.dtype] for param in params],
+            [self._layouts[id(tensor.layout)].address for tensor in tensors],
+            [scalars[tensor.step] for tensor in tensors],
+            addresses.param,
+            addresses.grad,
+            addresses.param_copy,
+            addresses.counter,
+            *addresses.state,
+            [_DTYPES[tensor.param.dtype] for tensor in tensors],
             [_DTYPES[torch.float32 if grad is None else grad.dtype] for grad in grads],
         ]
-        return struct.pack(f"{len(fields) * len(tensors)}q", *chain.from_iterable(zip(*fields, strict=True)))
+        return pack_rows(fields)
 
     def _add_layout(self, layout: StateLayout) -> None:
         key = id(layout)  # to hash a layout takes longer than to update a small tensor

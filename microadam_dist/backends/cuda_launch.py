@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
+import operator
 from collections.abc import Iterable, Sequence
 from ctypes import Structure, c_double, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from ..config import MicroAdamConfig
 from ..errors import ConfigError
 from ..layout import BlockRun, Extent, StateLayout
 from ..scalars import StepScalars
-from .base import DeviceInputs, TensorStep
+from .base import STATE_NAMES, Addresses, DeviceInputs, TensorStep, pack_rows
 
 MAX_TENSORS = 256  # so that a launch's parameters stay below 32 KiB
 RUN_SHIFT = 6  # runs are found by block number >> RUN_SHIFT
@@ -26,7 +28,6 @@ _FLOAT_SCALARS = (
     *("lr", "eps", "decay", "grad_scale", "beta1", "beta2", "one_minus_beta1", "one_minus_beta2"),
     *("m_factor", "v_factor", "m_correction", "v_correction"),
 )
-_STATE_NAMES = ("codes", "bucket_lo", "bucket_hi", "indices", "values", "exp_avg", "exp_avg_sq")
 
 
 class _Extent(Structure):
@@ -42,7 +43,7 @@ class _Run(Structure):
 
 class _Tensor(Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("param", "grad", "param_copy", *_STATE_NAMES, "step")),
+        *((name, c_void_p) for name in ("param", "grad", "param_copy", *STATE_NAMES, "step")),
         ("is_aligned", c_int64),
     ]
 
@@ -229,18 +230,12 @@ def fill_launch(
         dense_flags=dense_flags.data_ptr(),
         num_tensors=len(tensors),
     )
-    for i, (tensor, grad) in enumerate(zip(tensors, grads, strict=True)):
-        launch.tensors[i] = _tensor_row(tensor, grad)
+    addresses = Addresses.of(tensors, grads)
+    accessed = [addresses.param, addresses.grad, addresses.param_copy, *addresses.state]
+    is_aligned = [functools.reduce(operator.or_, row) % 16 == 0 for row in zip(*accessed, strict=True)]
+    rows = pack_rows([*accessed, addresses.counter, is_aligned])
+    ctypes.memmove(launch.tensors, rows, len(rows))
     return launch
-
-
-def _tensor_row(tensor: TensorStep, grad: Tensor | None) -> _Tensor:
-    copy, state = tensor.param_copy, tensor.state
-    counter = 0 if tensor.counter is None else tensor.counter.data_ptr()
-    accessed = [0 if x is None else x.data_ptr() for x in (tensor.param, grad, copy)]
-    state_pointers = [state[name].data_ptr() if name in state else 0 for name in _STATE_NAMES]
-    is_aligned = all(pointer % 16 == 0 for pointer in (*accessed, *state_pointers))
-    return _Tensor(*accessed, *state_pointers, counter, is_aligned)
 
 
 def host_scalars(step: int, config: MicroAdamConfig, grad_scale: float) -> _Scalars:
