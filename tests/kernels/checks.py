@@ -16,11 +16,11 @@ from microadam_dist.state import allocate_state
 
 from .cases import BF16, FP16, FP32, Case, Snapshot, nonfinite, run_case
 
-_references: dict[tuple[str, int], list[Snapshot]] = {}
+_references: dict[str, list[Snapshot]] = {}
 
 
 def reference(case: Case) -> list[Snapshot]:
-    key = case.name, case.padding
+    key = repr(case)  # all of it; its settings have no hash
     if key not in _references:
         _references[key] = run_case(case, ReferenceBackend())
     return _references[key]
