@@ -12,7 +12,8 @@ import pytest
 pytestmark = pytest.mark.slow
 
 ADAMW = {"type": "adamw", "lr": 2e-3, "weight_decay": 0.0}  # 4e-3 is worse
-MICROADAM = {"type": "microadam", "lr": 4e-3, "density": 0.05, "window_size": 2}
+DEFAULT = {"type": "microadam", "lr": 8e-3}
+WINDOW_2 = {"type": "microadam", "lr": 4e-3, "density": 0.05, "window_size": 2}
 
 TestLoss = Callable[..., float]
 
@@ -48,17 +49,19 @@ def test_loss(tmp_path_factory: pytest.TempPathFactory) -> TestLoss:
     return run
 
 
-def test_as_good_as_adamw(test_loss: TestLoss) -> None:
-    # AdamW 2.2328, MicroAdam 2.2318 where this was written; 2.6950 before fine-tuning.
-    assert test_loss(**MICROADAM) < test_loss(**ADAMW) + 0.03
+@pytest.mark.parametrize(("settings", "margin"), [(DEFAULT, 0.0), (WINDOW_2, 0.03)], ids=["default", "window 2"])
+def test_as_good_as_adamw(test_loss: TestLoss, settings: dict[str, Any], margin: float) -> None:
+    # AdamW 2.2328, MicroAdam 2.1864 and 2.2318 where this was written; 2.6950 before fine-tuning.
+    assert test_loss(**settings) < test_loss(**ADAMW) + margin
 
 
-def test_error_feedback_is_needed(test_loss: TestLoss) -> None:
-    # 2.2953 without.
-    assert test_loss(**MICROADAM) < test_loss(**MICROADAM, ef_bits=0) - 0.03
+@pytest.mark.parametrize("settings", [DEFAULT, WINDOW_2], ids=["default", "window 2"])
+def test_error_feedback_is_needed(test_loss: TestLoss, settings: dict[str, Any]) -> None:
+    # 2.2497 and 2.2953 without.
+    assert test_loss(**settings) < test_loss(**settings, ef_bits=0) - 0.03
 
 
 def test_four_bits_are_enough(test_loss: TestLoss) -> None:
     """An error feedback that is not quantized is no better."""
-    unquantized = test_loss(**{**MICROADAM, "type": "microadam_fp32_error"})
-    assert abs(test_loss(**MICROADAM) - unquantized) < 0.02
+    unquantized = test_loss(**{**WINDOW_2, "type": "microadam_fp32_error"})
+    assert abs(test_loss(**WINDOW_2) - unquantized) < 0.02
