@@ -38,8 +38,8 @@ WINDOW_TENSORS = ("indices", "values")
 DENSE_TENSORS = ("exp_avg", "exp_avg_sq")
 INDEX_BYTES = 2  # 16-bit, stored as uint8 because neither gloo nor NCCL carries int16
 
-# Blocks of each parameter that diagnostics look at: one in 97, at least 31.
-SAMPLED_ONE_IN, MIN_SAMPLED_BLOCKS = 97, 31
+# Blocks of each parameter that diagnostics look at: one in 97, at least 7.
+SAMPLED_ONE_IN, MIN_SAMPLED_BLOCKS = 97, 7
 
 
 @dataclass(frozen=True)

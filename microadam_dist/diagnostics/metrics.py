@@ -13,7 +13,7 @@ The paper assumes a Top-K that leaves at most q |a|, and an unbiased quantizer t
 vector. Measured is what the vectors of one step gave. Our quantizer rounds to nearest, so it is not unbiased.
 
 The numbers are estimates: they come from a sample of the Top-K blocks (`StateLayout.sample`, about one in 97 and at
-least 31 of each parameter), and leave the dense path and skipped blocks out. Only norms over all of it are compared:
+least 7 of each parameter), and leave the dense path and skipped blocks out. Only norms over all of it are compared:
 each is the root of a sum of squares over the sampled blocks on all ranks, each element counted once.
 
     nonfinite_blocks         all blocks skipped so far, added up over the ranks among which parameters are cut

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from microadam_dist import ConfigError, release_gradients
 from microadam_dist.config import MicroAdamConfig
-from microadam_dist.layout import StateLayout, row_shard, zero3_shard, zero12_shard
+from microadam_dist.layout import MIN_SAMPLED_BLOCKS, StateLayout, row_shard, zero3_shard, zero12_shard
 from tests.kernels.oracle import Block, ScalarMicroAdam
 from tests.unit.training import gradient, make_params, microadam, params_of, snapshot, train
 
@@ -70,8 +70,9 @@ def expected_metrics(oracle: ScalarMicroAdam, param: Tensor, grad: Tensor, step:
 @pytest.mark.parametrize(
     "settings", [{}, {"window_size": 1, "density": 0.1}, {"ef_bits": 0}, {"ef_bits": 2, "window_size": 3}], ids=str
 )
-def test_against_scalar_arithmetic(settings: dict[str, Any]) -> None:
-    """30 blocks, so the sample is all of them; one block is not finite in the fourth step."""
+def test_against_scalar_arithmetic(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of 30 blocks are sampled; one block is not finite in the fourth step."""
+    monkeypatch.setattr("microadam_dist.layout.MIN_SAMPLED_BLOCKS", 30)
     param = make_params([(10, 600)])[0]
     config = MicroAdamConfig(**{"block_size": 200, "window_size": 4, **settings})
     oracle = ScalarMicroAdam([((10, 600), 0, 6000, 0)], config, "float32")
@@ -125,7 +126,7 @@ def test_sample_does_not_depend_on_the_sharding(world_size: int) -> None:
     config, ranks = MicroAdamConfig(block_size=512), range(world_size)
     whole = [StateLayout(row_shard(fqn, shape, 1, 0).spans, config) for fqn, shape in GLOBAL.items()]
     expected = set().union(*map(sampled_elements, whole))
-    assert min(sum(fqn == name for name, _ in expected) for fqn in ("embed", "wide", "odd")) >= 31
+    assert min(sum(fqn == name for name, _ in expected) for fqn in ("embed", "wide", "odd")) >= MIN_SAMPLED_BLOCKS
     rows = [row_shard(fqn, shape, world_size, rank) for fqn, shape in GLOBAL.items() for rank in ranks]
     zero3 = [zero3_shard(GLOBAL, world_size, rank) for rank in ranks]
     zero12 = [zero12_shard(GLOBAL, world_size, rank) for rank in ranks]
