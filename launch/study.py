@@ -174,6 +174,9 @@ class StudyRunner:
         rows = self.rows()
         for name, members in rows.items():
             console.print(_table(name, members, baseline_loss(self.study, members)))
+            for row in members:
+                if row.note:
+                    console.print(f"  {row.optimizer}: {row.note}", highlight=False, markup=False)
         num_runs = sum(len(self.results.of(cell)) for cell in self.cells)
         return StudyReport(self.name, self.study, rows, self.hashes, num_runs)
 
@@ -261,13 +264,12 @@ def _table(name: str, rows: list[Row], baseline: float | None) -> Table:
     table.add_column("optimizer", no_wrap=True)
     for heading in ("B/param", "lr", "validation", "test", "against baseline"):
         table.add_column(heading, justify="right")
-    table.add_column("note")
     for row in rows:
         cells = [""] * 5
         if row.first:
             cells = [f"{row.bytes_per_param:.3f}", f"{row.lr:.2g}", f"{row.rates[row.lr]:.4f}", f"{row.mean_test:.4f}"]
             cells += ["" if baseline is None else f"{row.mean_test - baseline:+.4f}"]
-        table.add_row(row.optimizer, *cells, row.note)
+        table.add_row(row.optimizer, *cells)
     return table
 
 

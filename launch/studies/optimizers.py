@@ -103,6 +103,8 @@ def why_unavailable(type_name: str, settings: dict[str, Any]) -> str | None:
         for _ in range(2):
             layer["mlp"](torch.ones(4, 128)).square().sum().backward()
             optimizer.step()
+    except ModuleNotFoundError as error:
+        return f"{error.name} is not installed: pip install -e '.[study]'"
     except Exception as error:  # whatever a library raises where it cannot run
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
     return None
