@@ -45,6 +45,11 @@ def sparse_rows(generator: torch.Generator, numel: int, step: int) -> Tensor:
     return torch.where(alive, torch.randn(numel, generator=generator), 0.0)
 
 
+def recurring(generator: torch.Generator, numel: int, step: int) -> Tensor:
+    """The same coordinates are large in every step, so they come in every slot of the window."""
+    return torch.randn(numel, generator=generator) * torch.where(torch.arange(numel) % 13 == 5, 30.0, 1.0)
+
+
 def tiny(generator: torch.Generator, numel: int, step: int) -> Tensor:
     """Subnormal numbers, and bucket ranges so small that 15 / range overflows."""
     return torch.randn(numel, generator=generator) * 1e-38
@@ -114,8 +119,8 @@ def part(shape: tuple[int, ...], start: int, numel: int) -> tuple[tuple[tuple[in
 def _table() -> list[Case]:
     window1 = {"window_size": 1, "density": 0.1}
     paper = {"block_size": 4096, "window_size": 10, "density": 0.01}
-    cases = [Case(f"{g.__name__}", whole(20, 256), gradient=g, num_steps=9) for g in _GRADIENTS]
-    cases += [Case(f"{g.__name__}-window1", whole(20, 256), gradient=g, settings=window1) for g in _GRADIENTS]
+    cases = [Case(f"{g.__name__}", whole(20, 256), gradient=g, num_steps=9) for g in GRADIENTS]
+    cases += [Case(f"{g.__name__}-window1", whole(20, 256), gradient=g, settings=window1) for g in GRADIENTS]
     # dtypes of weights and gradients, with weight decay and a loss scale
     for p in (FP32, BF16, FP16):
         for g in (FP32, BF16, FP16, torch.float64):
@@ -167,7 +172,7 @@ def _table() -> list[Case]:
     return cases
 
 
-_GRADIENTS = (normal, constant, ties, zeros, sparse_rows, tiny, shifted, nonfinite, below_limit)
+GRADIENTS = (normal, constant, ties, zeros, sparse_rows, recurring, tiny, shifted, nonfinite, below_limit)
 CASES = _table()
 
 # Lengths and settings that the fused kernels treat in their own ways: whole and partial tiles and vectors, groups that

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from microadam_dist.backends import cpu
 from microadam_dist.backends.base import AutoBackend, TensorStep, select_backend
@@ -16,7 +18,7 @@ from microadam_dist.backends.cpu import CpuBackend
 from microadam_dist.config import MicroAdamConfig
 from microadam_dist.errors import BackendUnavailableError, ConfigError
 
-from .cases import BF16, FP16, FP32, KERNEL_CASES, Case, is_replayed, replay_case, run_case
+from .cases import BF16, FP16, FP32, GRADIENTS, KERNEL_CASES, Case, is_replayed, part, replay_case, run_case
 from .checks import (
     assert_copy_is_rounded_weights,
     assert_same_bits,
@@ -46,6 +48,36 @@ _BY_NAME = {case.name: case for case in KERNEL_CASES}
 def test_bit_identical_to_the_reference(case: Case, isa: str) -> None:
     for num_threads in (1, 2, 3):
         assert_same_bits(case, CpuBackend(isa, num_threads))
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    rows, cols = draw(st.sampled_from([(1, 4096), (8, 600), (3, 5000), (70, 64), (2, 9001)]))
+    start = draw(st.integers(0, rows * cols - 1))
+    return Case(
+        f"seed {draw(st.integers(0, 1000))}",
+        part((rows, cols), start, draw(st.integers(1, rows * cols - start))),
+        draw(st.sampled_from([FP32, BF16, FP16])),
+        draw(st.sampled_from([FP32, BF16, FP16])),
+        {
+            "window_size": draw(st.sampled_from([1, 2, 3, 10])),
+            "density": draw(st.sampled_from([0.001, 0.01, 0.05, 0.1, 0.5, 0.9, 1.0])),
+            "block_size": draw(st.sampled_from([64, 200, 1000, 4096])),
+            "bucket_size": draw(st.sampled_from([6, 16, 64, 96, 128, 4096])),
+            "weight_decay": draw(st.sampled_from([0.0, 0.01, 3.0])),
+            "betas": (draw(st.sampled_from([0.0, 0.9])), draw(st.sampled_from([0.9, 0.999]))),
+        },
+        draw(st.sampled_from(GRADIENTS)),
+        num_steps=draw(st.sampled_from([2, 5, 12])),
+        padding=draw(st.integers(0, 9)),
+    )
+
+
+@settings(deadline=None, max_examples=60)
+@given(case=cases())
+def test_bit_identical_to_the_reference_with_any_settings(case: Case) -> None:
+    for isa in ISAS:
+        assert_same_bits(case, CpuBackend(isa))
 
 
 @pytest.mark.parametrize("isa", ISAS)
