@@ -100,6 +100,7 @@ inline Entries weigh_newest(const Block& block, const Step& step, const Scratch&
   return {s.indices, count};
 }
 
+// Of all valid slots, however many.
 inline Entries sum_entries(const Block& block, const Step& step, const Scratch& s) {
   return step.scalars->num_weights == 1 ? weigh_newest(block, step, s) : sum_window(block, step, s);
 }
@@ -146,6 +147,7 @@ inline void update_weights(Param* param, const Block& block, const Step& step, c
   for (int i = 0; i < count; i += kLanes) {
     store(weights + i, load(weights + i) * decay - adam_update(s.sums + i, scalars));
   }
+  // In this order: the last entry of a coordinate, which has its sums, is the one that stays.
   MICROADAM_UNROLL
   for (int i = 0; i < count; ++i) param[indices[i]] = weights[i];
 }
