@@ -73,6 +73,8 @@ def train(options: Options) -> None:
     metrics = summary.collect(trainer, timer, optimizer_timer, tokens_a_step, engine, num_params)
     if IS_RANK_0:
         summary.report(metrics, options.output, console)
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()  # destroys the process group
 
 
 def quiet_libraries() -> None:

@@ -106,8 +106,9 @@ def _rank_main(
     try:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
         result = function(rank, world_size, *args)
-        dist.barrier()
-        dist.destroy_process_group()
+        if dist.is_initialized():  # the function may have ended it, as launch/train.py does
+            dist.barrier()
+            dist.destroy_process_group()
         _send(pipe, (True, result))
     except BaseException:
         _send(pipe, (False, traceback.format_exc()))
