@@ -19,6 +19,7 @@ from .layout import StateLayout
 from .quantization import decode_error, encode_error
 from .scalars import MAGNITUDE_LIMIT, StepScalars
 from .state import BlockViews
+from .window import Slot, decode_slot, encode_slot
 
 
 def microadam_step_(blocks: BlockViews, layout: StateLayout, num_kept: int, step: int, scalars: StepScalars) -> Tensor:
@@ -36,17 +37,14 @@ def microadam_step_(blocks: BlockViews, layout: StateLayout, num_kept: int, step
         Number of blocks skipped because their accumulator is not finite, 0-dim int64.
     """
     window_size = layout.config.window_size
-    newest = step % window_size
     if blocks.grad is None:
         finite = torch.ones(blocks.param.shape[:2].numel(), 1, dtype=torch.bool, device=blocks.param.device)
         slots = []
     else:
         accumulator = accumulate(blocks, blocks.grad, layout, scalars)
-        indices, values, finite = keep_largest_(blocks, accumulator, layout, num_kept)
-        slots = [(indices, values.float())]  # by age, 0 = newest
-        if blocks.indices is not None and blocks.values is not None:  # slot = step mod window_size
-            blocks.indices[:, :, newest] = indices.view(*blocks.indices.shape[:2], num_kept).short()
-            blocks.values[:, :, newest] = values.view(*blocks.values.shape[:2], num_kept)
+        newest, _, finite = keep_largest_(blocks, accumulator, layout, num_kept)
+        blocks.store_slot(step % window_size, newest)
+        slots = [decode_slot(newest)]  # by age, 0 = newest
     slots += stored_slots(blocks, [(step - age) % window_size for age in range(len(slots), len(scalars.m_weights))])
     update_weights_(blocks.param, slots, finite, scalars)
     return (~finite).sum()
@@ -69,20 +67,18 @@ def stored_error(blocks: BlockViews, layout: StateLayout, numel: int) -> Tensor 
 
 def stored_slots(blocks: BlockViews, slots: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
     """(B, k) int64 indices and (B, k) fp32 values of slots of the window; none where no window is stored."""
-    if blocks.indices is None or blocks.values is None:
-        return []
-    stored = [(blocks.indices[:, :, slot].flatten(0, 1), blocks.values[:, :, slot].flatten(0, 1)) for slot in slots]
-    return [(index.long(), value.float()) for index, value in stored]
+    stored = [blocks.slot(number) for number in slots]
+    return [decode_slot(slot) for slot in stored if slot is not None]
 
 
 def keep_largest_(
     blocks: BlockViews, accumulator: Tensor, layout: StateLayout, num_kept: int
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Slot, Tensor, Tensor]:
     """Top-K of the accumulator (B, n). In place: codes and bucket ranges of the blocks take what is left.
 
     Returns:
-        indices: (B, k) int64, ascending.
-        values: (B, k) bf16.
+        slot: The newest slot, indices ascending.
+        residual: (B, n) fp32, what is left.
         finite: (B, 1) bool; a block where it is false is skipped.
     """
     # key = |bf16(a)|;  I = the k largest keys, ties to the lowest index, ascending;  V = bf16(a[I])
@@ -91,16 +87,17 @@ def keep_largest_(
     indices = largest_magnitudes(rounded, num_kept)
     # The slot of a skipped block is stored empty: zeros at the first k places, which add nothing anywhere.
     indices = torch.where(finite, indices, torch.arange(num_kept, device=indices.device))
-    values = torch.where(finite, rounded.gather(1, indices), 0)
+    slot = encode_slot(indices, torch.where(finite, rounded.gather(1, indices), 0), layout.config.packed_window)
 
-    # a[I] = 0, and the residual becomes the new error, quantized
+    # a[I] = 0, packed: a[I] -= V as it is stored; and the residual becomes the new error, quantized
+    left = accumulator.gather(1, indices) - decode_slot(slot)[1] if layout.config.packed_window else 0.0
+    residual = accumulator.scatter(1, indices, left)
     if blocks.codes is not None and blocks.bucket_lo is not None and blocks.bucket_hi is not None:
-        residual = accumulator.scatter(1, indices, 0.0)
         codes, bucket_lo, bucket_hi = encode_error(residual, layout)
         _assign_where_(blocks.codes, finite, codes)
         _assign_where_(blocks.bucket_lo, finite, bucket_lo)
         _assign_where_(blocks.bucket_hi, finite, bucket_hi)
-    return indices, values, finite
+    return slot, residual, finite
 
 
 def update_weights_(

@@ -14,6 +14,7 @@ from .errors import ConfigError
 
 SUPPORTED_EF_BITS = (0, 2, 4, 8)
 MIN_BLOCK_SIZE, MAX_BLOCK_SIZE = 64, 32768
+MAX_PACKED_BLOCK_SIZE = 4096  # places that 12 bits can name
 # Below the smallest normal fp32 number eps may round to zero, and 0 / (eps + sqrt(0)) would be NaN.
 MIN_EPS = 2.0**-126
 MAX_FP32 = (2 - 2.0**-23) * 2.0**127
@@ -36,9 +37,11 @@ class MicroAdamConfig:
         block_size: Longest Top-K block, in elements; a multiple of 8 in 64..32768.
         bucket_size: Elements that share one quantization range; even, >= 2.
         ef_bits: Bits of one error-feedback code; 0 switches error feedback off.
+        packed_window: Store the window in 12-bit indices and 8-bit values, see `window`; needs a window, error feedback
+            and blocks of at most 4096.
 
     Raises:
-        ConfigError: A setting has the wrong type or is outside its range.
+        ConfigError: A setting has the wrong type or is outside its range, or a window cannot be packed.
     """
 
     lr: float = 1e-3
@@ -50,6 +53,7 @@ class MicroAdamConfig:
     block_size: int = 4096
     bucket_size: int = 64
     ef_bits: int = 4
+    packed_window: bool = False
 
     def __post_init__(self) -> None:
         _check_float("lr", self.lr, "a number >= 0", lambda x: x >= 0)
@@ -69,6 +73,19 @@ class MicroAdamConfig:
         )
         _check_int("bucket_size", self.bucket_size, "an even integer >= 2", lambda n: n >= 2 and n % 2 == 0)
         _check_int("ef_bits", self.ef_bits, f"one of {SUPPORTED_EF_BITS}", lambda n: n in SUPPORTED_EF_BITS)
+        _check_flag("packed_window", self.packed_window)
+        if self.packed_window:
+            self._check_packed_window()
+
+    def _check_packed_window(self) -> None:
+        needed = {
+            "window_size": (self.window_size > 1, "a window of 1 is not stored, so there is nothing to pack"),
+            "ef_bits": (self.ef_bits > 0, "what 8 bits leave of a value has to stay in the error feedback"),
+            "block_size": (self.block_size <= MAX_PACKED_BLOCK_SIZE, f"12 bits name {MAX_PACKED_BLOCK_SIZE} places"),
+        }
+        for name, (is_met, why) in needed.items():
+            if not is_met:
+                raise ConfigError(f"packed_window=True with {name}={getattr(self, name)}: {why}.")
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> MicroAdamConfig:
@@ -114,7 +131,7 @@ OPTIMIZER_SETTING_NAMES = (
 )
 
 # The settings that decide shapes of state tensors; they cannot change once state exists.
-STRUCTURAL_SETTINGS = ("window_size", "density", "block_size", "bucket_size", "ef_bits")
+STRUCTURAL_SETTINGS = ("window_size", "density", "block_size", "bucket_size", "ef_bits", "packed_window")
 
 
 def reject_unknown_settings(names: Iterable[str], *, misspelled_only: bool = False) -> None:
@@ -163,6 +180,11 @@ def _check_float(name: str, value: float, expected: str, in_range: Callable[[flo
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not (is_number and abs(value) <= MAX_FP32 and in_range(value)):  # NaN is not <= anything
         raise ConfigError(f"{name}={value!r}: expected {expected}.")
+
+
+def _check_flag(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name}={value!r}: expected true or false.")
 
 
 def _check_int(name: str, value: int, expected: str, in_range: Callable[[int], bool]) -> None:

@@ -33,10 +33,12 @@ SPARSE_DTYPES = {
     "bucket_hi": "bfloat16",
     "indices": "uint8",
     "values": "bfloat16",
+    "scales": "bfloat16",
 }
-WINDOW_TENSORS = ("indices", "values")
+WINDOW_TENSORS = ("indices", "values", "scales")
 DENSE_TENSORS = ("exp_avg", "exp_avg_sq")
-INDEX_BYTES = 2  # 16-bit, stored as uint8 because neither gloo nor NCCL carries int16
+# Indices are stored as uint8 because neither gloo nor NCCL carries int16.
+INDEX_BITS, PACKED_INDEX_BITS = 16, 12
 
 # Blocks of each parameter that diagnostics look at: one in 97, at least 7.
 SAMPLED_ONE_IN, MIN_SAMPLED_BLOCKS = 97, 7
@@ -182,11 +184,20 @@ class BlockGrid:
 
 
 class StateSize(NamedTuple):
-    """Code bytes, buckets and kept values (of one window slot) of some blocks; or as many before some block."""
+    """State elements of some blocks, or of as many as lie before some block.
 
-    codes: int
-    buckets: int
-    kept: int
+    Attributes:
+        codes: Bytes of error-feedback codes.
+        buckets: Quantization ranges.
+        indices, values, scales: Of one slot of the window: bytes of the indices, values, and scales of the values. All
+            slots of a block lie one after the other.
+    """
+
+    codes: int = 0
+    buckets: int = 0
+    indices: int = 0
+    values: int = 0
+    scales: int = 0
 
     def plus(self, other: StateSize, times: int = 1) -> StateSize:
         """``self + times * other``."""
@@ -213,8 +224,7 @@ class Extent:
 class BlockRun:
     """``rows`` x ``cols`` Top-K blocks of a span, of ``numel`` elements, ``num_kept`` of which are kept in each.
 
-    ``elements`` locates them in the local tensor, the others in the state tensors (``kept`` in units of one slot:
-    the window tensors hold ``window_size`` slots a block, one after the other).
+    ``elements`` locates them in the local tensor, the others in the state tensors as `StateSize` counts them.
     """
 
     span_index: int
@@ -226,7 +236,9 @@ class BlockRun:
     elements: Extent
     codes: Extent
     buckets: Extent
-    kept: Extent
+    indices: Extent
+    values: Extent
+    scales: Extent
 
     @property
     def num_blocks(self) -> int:
@@ -236,8 +248,12 @@ class BlockRun:
     @property
     def is_gapless(self) -> bool:
         """Whether the blocks follow each other in all tensors, from the end of a row to the next one."""
-        extents = (self.elements, self.codes, self.buckets, self.kept)
-        return all(extent.row_stride == self.cols * extent.size for extent in extents)
+        return all(extent.row_stride == self.cols * extent.size for extent in self.extents)
+
+    @property
+    def extents(self) -> tuple[Extent, ...]:
+        """All of them, in the order in which the kernels' tables have them."""
+        return self.elements, self.codes, self.buckets, self.indices, self.values, self.scales
 
 
 class SampledRun(NamedTuple):
@@ -274,9 +290,14 @@ class StateLayout:
 
     def block_state_size(self, numel: int) -> StateSize:
         """What one block of ``numel`` elements takes; its codes begin at a byte."""
-        bits = self.config.ef_bits
+        bits, packed = self.config.ef_bits, self.config.packed_window
         num_buckets = -(-numel // self.config.bucket_size) if bits else 0
-        return StateSize(-(-numel * bits // 8), num_buckets, self.config.num_kept(numel))
+        size = StateSize(-(-numel * bits // 8), num_buckets)
+        if not self.has_window:
+            return size
+        num_kept = self.config.num_kept(numel)
+        index_bits = PACKED_INDEX_BITS if packed else INDEX_BITS
+        return size._replace(indices=-(-num_kept * index_bits // 8), values=num_kept, scales=int(packed))
 
     def grid(self, span: ShardSpan) -> BlockGrid:
         """The block grid of the parameter ``span`` belongs to."""
@@ -304,21 +325,21 @@ class StateLayout:
 
     @cached_property
     def _span_offsets(self) -> list[StateSize]:
-        offsets = [StateSize(0, 0, 0)]
+        offsets = [StateSize()]
         for span in self.spans:
             offsets.append(offsets[-1].plus(self._interval_size(span, span.numel)))
         return offsets
 
     def _interval_size(self, span: ShardSpan, numel: int) -> StateSize:
         """What the first ``numel`` elements of a span take."""
-        size = StateSize(0, 0, 0)
+        size = StateSize()
         if not span.is_dense:
             for band in self.grid(span).bands(span.start, numel):
                 size = size.plus(self._row_size(band), band.rows)
         return size
 
     def _row_size(self, band: Band) -> StateSize:
-        size = StateSize(0, 0, 0)
+        size = StateSize()
         for segment in band.segments:
             size = size.plus(self.block_state_size(segment.numel), segment.cols)
         return size
@@ -337,18 +358,16 @@ class StateLayout:
                 offset = band_offset
                 for segment in band.segments:
                     size = self.block_state_size(segment.numel)
-                    state = [Extent(*extent) for extent in zip(offset, row_size, size, strict=True)]
+                    extents = map(Extent, offset, row_size, size)
                     yield BlockRun(
                         span_index=span_index,
                         rows=band.rows,
                         cols=segment.cols,
                         numel=segment.numel,
-                        num_kept=size.kept,
+                        num_kept=self.config.num_kept(segment.numel),
                         is_fragment=segment.is_fragment,
                         elements=Extent(span.offset + band.start + segment.start, band.row_numel, segment.numel),
-                        codes=state[0],
-                        buckets=state[1],
-                        kept=state[2],
+                        **dict(zip(StateSize._fields, extents, strict=True)),
                     )
                     offset = offset.plus(size, segment.cols)
                 band_offset = band_offset.plus(row_size, band.rows)
@@ -404,7 +423,8 @@ class StateLayout:
         tensors: dict[str, tuple[str, int]] = {}
         if any(not span.is_dense for span in self.spans):
             numels = self._sparse_numels(self._span_offsets[-1])
-            tensors |= {name: (SPARSE_DTYPES[name], numel) for name, numel in numels.items()}
+            dtypes = SPARSE_DTYPES | ({"values": "uint8"} if self.config.packed_window else {})
+            tensors |= {name: (dtypes[name], numel) for name, numel in numels.items()}
         if any(span.is_dense for span in self.spans):
             tensors |= dict.fromkeys(DENSE_TENSORS, ("float32", self.dense_numel))
         return tensors
@@ -425,17 +445,19 @@ class StateLayout:
         row_size = self._row_size(self._whole_row(span))
         return {name: (rows, numel) for name, numel in self._sparse_numels(row_size).items()}
 
-    def slot_columns(self, slot: int) -> list[slice]:
-        """Where one slot of the window lies in every row of ``values``, in the shape `shapes` says; block after block.
+    def slot_columns(self, slot: int) -> dict[str, list[slice]]:
+        """Where one slot of the window lies in every row of the window's tensors, block after block.
 
-        For whole rows of one parameter on the Top-K path. ``indices``, seen as 16-bit numbers, has the same shape.
+        For whole rows of one parameter on the Top-K path, in the shapes `shapes` says.
         """
-        columns, start = [], 0
-        for segment in self._whole_row(self.spans[0]).segments:
-            num_kept = self.config.num_kept(segment.numel)
-            for _ in range(segment.cols):
-                columns.append(slice(start + slot * num_kept, start + (slot + 1) * num_kept))
-                start += self.config.window_size * num_kept
+        columns: dict[str, list[slice]] = {name: [] for name in WINDOW_TENSORS if name in self.tensors}
+        for name, slices in columns.items():
+            start = 0
+            for segment in self._whole_row(self.spans[0]).segments:
+                size = getattr(self.block_state_size(segment.numel), name)
+                for _ in range(segment.cols):
+                    slices.append(slice(start + slot * size, start + (slot + 1) * size))
+                    start += self.config.window_size * size
         return columns
 
     def _whole_row(self, span: ShardSpan) -> Band:
@@ -447,8 +469,10 @@ class StateLayout:
         if self.config.ef_bits:
             numels = {"codes": size.codes, "bucket_lo": size.buckets, "bucket_hi": size.buckets}
         if self.has_window:
-            num_values = self.config.window_size * size.kept
-            numels |= {"indices": INDEX_BYTES * num_values, "values": num_values}
+            slots = self.config.window_size
+            numels |= {"indices": slots * size.indices, "values": slots * size.values}
+            if self.config.packed_window:
+                numels["scales"] = slots * size.scales
         return numels
 
     @property

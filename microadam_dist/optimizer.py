@@ -37,14 +37,16 @@ class MicroAdam(ShardedOptimizer):
     (norms, biases) take AdamW with fp32 moments.
 
     Args:
-        params: Parameters, named parameters or param groups; fp32, bf16 or fp16. The settings up to ``ef_bits`` may be
-            given per group.
+        params: Parameters, named parameters or param groups; fp32, bf16 or fp16. The settings up to ``packed_window``
+            may be given per group.
         lr, betas, eps, weight_decay: As in `torch.optim.AdamW`; start at 2 to 4 times its best learning rate.
         window_size: Number of sparse gradients kept (``m`` in the paper). 1 stores no window at all.
         density: Fraction of each block kept by Top-K (``k_init``).
         block_size: Longest Top-K block.
         bucket_size: Elements that share one quantization range (``quant_block_size``).
         ef_bits: Bits of one error-feedback code: 0 (off), 2, 4 or 8.
+        packed_window: Store the window in 12-bit indices and 8-bit values: 0.82 instead of 0.96 bytes of state a
+            parameter at window 10, density 0.01. What 8 bits leave stays in the error feedback.
         backend: ``"auto"`` or the name of a backend; a named one never falls back to another.
         sparse_allgather: Under DeepSpeed ZeRO-1, 2: after the step send only the weights that changed, see
             `engines.deepspeed_sparse`; the bytes are counted in ``exchanged_bytes``. The weights are the same.
@@ -78,6 +80,7 @@ class MicroAdam(ShardedOptimizer):
         block_size: int = 4096,
         bucket_size: int = 64,
         ef_bits: int = 4,
+        packed_window: bool = False,
         backend: str = "auto",
         sparse_allgather: bool = False,
         shard_state: Any = False,
@@ -97,6 +100,7 @@ class MicroAdam(ShardedOptimizer):
             "block_size": block_size,
             "bucket_size": bucket_size,
             "ef_bits": ef_bits,
+            "packed_window": packed_window,
         }
         defaults = _with_numbers(defaults, MicroAdamConfig.from_dict(defaults))
         for name, flag in (("sparse_allgather", sparse_allgather), ("capturable", capturable)):

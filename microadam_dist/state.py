@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layout import BlockRun, Extent, StateLayout
+from .layout import WINDOW_TENSORS, BlockRun, Extent, StateLayout
+from .window import Slot, decode_indices
 
 _TORCH_DTYPES = {"uint8": torch.uint8, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -45,8 +46,9 @@ class BlockViews:
         grad: (rows, cols, numel), dtype of the gradient, or None where only the weights are updated.
         codes: (rows, cols, code_bytes) uint8, or None without error feedback or gradient.
         bucket_lo, bucket_hi: (rows, cols, num_buckets) bf16, likewise.
-        indices: (rows, cols, window_size, num_kept) int16, or None when no window is stored.
-        values: (rows, cols, window_size, num_kept) bf16, or None when no window is stored.
+        indices: (rows, cols, window_size, index_bytes) uint8, or None when no window is stored; see `window.Slot`.
+        values: (rows, cols, window_size, num_kept) bf16 or uint8, likewise.
+        scales: (rows, cols, window_size, 1) bf16, or None when no packed window is stored.
     """
 
     param: Tensor
@@ -56,6 +58,20 @@ class BlockViews:
     bucket_hi: Tensor | None
     indices: Tensor | None
     values: Tensor | None
+    scales: Tensor | None
+
+    def slot(self, number: int) -> Slot | None:
+        """A slot of the window of all blocks; a view where the blocks lie in a row, as the parts are. None: no window."""
+        if self.indices is None or self.values is None:
+            return None
+        scales = None if self.scales is None else self.scales[:, :, number].flatten(0, 1)
+        return Slot(self.indices[:, :, number].flatten(0, 1), self.values[:, :, number].flatten(0, 1), scales)
+
+    def store_slot(self, number: int, slot: Slot) -> None:
+        """In place: a slot of the window, if one is stored."""
+        for stored, new in zip((self.indices, self.values, self.scales), slot, strict=True):
+            if stored is not None and new is not None:
+                stored[:, :, number] = new.view(*stored.shape[:2], -1)
 
     def copy_of(self, rows: Sequence[int], cols: Sequence[int]) -> BlockViews:
         """Copies of the blocks (rows[i], cols[i]), as many rows of one block each."""
@@ -101,18 +117,21 @@ def block_views(
         codes=view(state["codes"], run.codes) if has_error_feedback else None,
         bucket_lo=view(state["bucket_lo"], run.buckets) if has_error_feedback else None,
         bucket_hi=view(state["bucket_hi"], run.buckets) if has_error_feedback else None,
-        indices=_window_view(layout, run, state["indices"].view(torch.int16), rows) if layout.has_window else None,
-        values=_window_view(layout, run, state["values"], rows) if layout.has_window else None,
+        **{name: _window_view(layout, run, state, name, rows) for name in WINDOW_TENSORS},
     )
 
 
-def _window_view(layout: StateLayout, run: BlockRun, tensor: Tensor, rows: range) -> Tensor:
-    """The part of a flat window tensor that belongs to the blocks in ``rows``: (rows, cols, window_size, num_kept)."""
-    slots, kept = layout.config.window_size, run.kept
+def _window_view(
+    layout: StateLayout, run: BlockRun, state: Mapping[str, Tensor], name: str, rows: range
+) -> Tensor | None:
+    """What a window tensor has of the blocks in ``rows``: (rows, cols, window_size, of a slot); None: not stored."""
+    if name not in layout.tensors:
+        return None
+    tensor, slots, extent = state[name], layout.config.window_size, getattr(run, name)
     return tensor.as_strided(
-        (len(rows), run.cols, slots, run.num_kept),
-        (slots * kept.row_stride, slots * run.num_kept, run.num_kept, 1),
-        tensor.storage_offset() + slots * (kept.start + rows.start * kept.row_stride),
+        (len(rows), run.cols, slots, extent.size),
+        (slots * extent.row_stride, slots * extent.size, extent.size, 1),
+        tensor.storage_offset() + slots * (extent.start + rows.start * extent.row_stride),
     )
 
 
@@ -124,7 +143,10 @@ def indices_are_valid(layout: StateLayout, indices: Tensor) -> bool:
         indices: The flat ``indices`` tensor, uint8.
     """
     for run in layout.runs:
-        stored = _window_view(layout, run, indices.view(torch.int16), range(run.rows))
-        if stored.numel() and not 0 <= int(stored.min()) <= int(stored.max()) < run.numel:
+        stored = _window_view(layout, run, {"indices": indices}, "indices", range(run.rows))
+        assert stored is not None
+        slots = stored.reshape(-1, stored.shape[3])
+        numbers = decode_indices(slots, run.num_kept, layout.config.packed_window)
+        if numbers.numel() and not 0 <= int(numbers.min()) <= int(numbers.max()) < run.numel:
             return False
     return True

@@ -4,6 +4,7 @@
 #include "dense.h"
 #include "error_feedback.h"
 #include "kernel.h"
+#include "packed_window.h"
 #include "topk.h"
 #include "window.h"
 
@@ -28,13 +29,14 @@ bool keep_largest(const Block& block, const Step& step, const Scratch& s) {
   with_type(const_cast<void*>(block.grad), step.grad_dtype,
             [&](const auto* grad) { accumulate(grad, block, step, s); });
   const bool finite = largest_magnitudes(block, step, s);
-  if (finite) {
-    clear_kept(block, s);
-    encode_error(block, step, s);
+  if (!finite) empty_slot(block, s);
+  if (block.scales != nullptr) {
+    pack_slot(block, step, s);
   } else {
-    empty_slot(block, s);
+    if (block.indices != nullptr) store_slot(block, step, s);
+    clear_kept(block, s);
   }
-  store_slot(block, step, s);
+  if (finite) encode_error(block, step, s);
   return finite;
 }
 
@@ -43,7 +45,7 @@ bool block_step(const Block& block, const Step& step, const Scratch& s) {
   bool finite = true;
   if (block.grad != nullptr) {
     finite = keep_largest(block, step, s);
-  } else {
+  } else if (block.scales == nullptr) {
     load_slot(block, step, s);
   }
   with_type(block.param, step.param_dtype, [&](auto* param) {

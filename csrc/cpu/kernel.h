@@ -19,9 +19,11 @@ struct Block {
   Bf16* param_copy;  // null: not wanted
   uint8_t* codes;
   Bf16 *bucket_lo, *bucket_hi;
-  uint16_t* indices;  // window_size slots of num_kept entries; null: no window is stored
-  Bf16* values;       // the same
+  // window_size slots of num_kept entries, see window.h; null: no window is stored
+  uint8_t *indices, *values;
+  Bf16* scales;  // one for each slot; null: the window is not packed
   int numel, num_kept;
+  int index_bytes, value_bytes;  // of a slot
 };
 
 // A piece of the dense path.
@@ -66,6 +68,8 @@ struct Scratch {
   Moments* terms;     // (num_kept) what one slot adds to the window sums
   Moments* sums;      // (entries) window sums of the entries in the window
   uint16_t* weights;  // (entries) and the weights there, if they have 16 bits
+  uint16_t* unpacked_indices;  // (entries) of a packed window
+  float* unpacked_values;      // (num_kept) of one of its slots
 };
 
 struct Kernel {

@@ -15,7 +15,7 @@ extern "C" {
 #define MICROADAM_API __attribute__((visibility("default")))
 
 /* Raised with every change of a structure or a signature below. */
-#define MICROADAM_CPU_ABI_VERSION 4
+#define MICROADAM_CPU_ABI_VERSION 5
 
 enum microadam_dtype { MICROADAM_FP32 = 0, MICROADAM_BF16 = 1, MICROADAM_FP16 = 2 };
 
@@ -26,10 +26,11 @@ typedef struct {
   int64_t start, row_stride, size;
 } microadam_extent;
 
-/* rows x cols Top-K blocks of `numel` elements; `kept` counts in units of one window slot. */
+/* rows x cols Top-K blocks of `numel` elements. `indices` (bytes), `values` and `scales` count in units of one window
+ * slot. */
 typedef struct {
   int64_t rows, cols, numel, num_kept;
-  microadam_extent elements, codes, buckets, kept;
+  microadam_extent elements, codes, buckets, indices, values, scales;
 } microadam_block_run;
 
 /* An interval on the dense path. */
@@ -65,15 +66,16 @@ typedef struct {
   int64_t* counter;     /* optional: 1 is added */
   uint8_t* codes;
   uint16_t *bucket_lo, *bucket_hi; /* bf16 */
-  uint16_t* indices;
-  uint16_t* values; /* bf16 */
+  uint8_t* indices; /* 16 bits each; packed: 12 bits */
+  uint8_t* values;  /* bf16; packed: int8 */
+  uint16_t* scales; /* bf16; null: the window is not packed */
   float *exp_avg, *exp_avg_sq;
   int64_t param_dtype, grad_dtype; /* enum microadam_dtype */
 } microadam_tensor;
 
 /* The settings of the group that decide shapes. Error-feedback codes have 4 bits. */
 typedef struct {
-  int64_t window_size, bucket_size;
+  int64_t window_size, bucket_size, packed_window;
 } microadam_settings;
 
 MICROADAM_API int microadam_cpu_abi_version(void);

@@ -111,6 +111,9 @@ Scratch carve(const Call& call, Carver& carver) {
   s.terms = carver.take<Moments>(call.max_kept);
   s.sums = carver.take<Moments>(max_entries);
   s.weights = carver.take<uint16_t>(max_entries);
+  const bool is_packed = call.settings->packed_window != 0;
+  s.unpacked_indices = carver.take<uint16_t>(is_packed ? max_entries : 0);
+  s.unpacked_values = carver.take<float>(is_packed ? call.max_kept : 0);
   carver.go_to(std::max(end, carver.used()));
   return s;
 }
@@ -130,7 +133,8 @@ Bf16* bf16(uint16_t* x) { return reinterpret_cast<Bf16*>(x); }
 Block locate(const microadam_tensor& tensor, const microadam_block_run& run, int64_t index, int64_t window_size) {
   const int64_t row = index / run.cols, col = index % run.cols;
   const auto begin = [=](const microadam_extent& e) { return e.start + row * e.row_stride + col * e.size; };
-  const int64_t element = begin(run.elements), slot = begin(run.kept) * window_size;
+  const int64_t element = begin(run.elements);
+  const int64_t value_bytes = tensor.scales == nullptr ? sizeof(Bf16) : sizeof(int8_t);
   Block block;
   block.param = at_element(tensor.param, tensor.param_dtype, element);
   block.grad = tensor.grad == nullptr ? nullptr : at_element(tensor.grad, tensor.grad_dtype, element);
@@ -138,10 +142,13 @@ Block locate(const microadam_tensor& tensor, const microadam_block_run& run, int
   block.codes = at(tensor.codes, begin(run.codes));
   block.bucket_lo = at(bf16(tensor.bucket_lo), begin(run.buckets));
   block.bucket_hi = at(bf16(tensor.bucket_hi), begin(run.buckets));
-  block.indices = at(tensor.indices, slot);
-  block.values = at(bf16(tensor.values), slot);
+  block.indices = at(tensor.indices, window_size * begin(run.indices));
+  block.values = at(tensor.values, window_size * begin(run.values) * value_bytes);
+  block.scales = at(bf16(tensor.scales), window_size * begin(run.scales));
   block.numel = static_cast<int>(run.numel);
   block.num_kept = static_cast<int>(run.num_kept);
+  block.index_bytes = static_cast<int>(run.indices.size);
+  block.value_bytes = static_cast<int>(run.values.size * value_bytes);
   return block;
 }
 

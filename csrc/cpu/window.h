@@ -5,6 +5,7 @@
 #pragma once
 
 #include "kernel.h"
+#include "packed_window.h"
 #include "vector_loops.h"
 
 namespace microadam {
@@ -23,19 +24,16 @@ inline int64_t slot_of_age(const Step& step, int64_t age) {
 
 // Copies the newest slot into the window.
 inline void store_slot(const Block& block, const Step& step, const Scratch& s) {
-  if (block.indices == nullptr) return;
-  const int64_t start = step.scalars->newest_slot * block.num_kept;
-  const size_t nbytes = static_cast<size_t>(block.num_kept) * sizeof(uint16_t);
-  memcpy(block.indices + start, s.indices, nbytes);
-  memcpy(block.values + start, s.values, nbytes);
+  const int64_t slot = step.scalars->newest_slot;
+  memcpy(block.indices + slot * block.index_bytes, s.indices, static_cast<size_t>(block.index_bytes));
+  memcpy(block.values + slot * block.value_bytes, s.values, static_cast<size_t>(block.value_bytes));
 }
 
 // Copies the newest slot out of the window.
 inline void load_slot(const Block& block, const Step& step, const Scratch& s) {
-  const int64_t start = step.scalars->newest_slot * block.num_kept;
-  const size_t nbytes = static_cast<size_t>(block.num_kept) * sizeof(uint16_t);
-  memcpy(s.indices, block.indices + start, nbytes);
-  memcpy(s.values, block.values + start, nbytes);
+  const int64_t slot = step.scalars->newest_slot;
+  memcpy(s.indices, block.indices + slot * block.index_bytes, static_cast<size_t>(block.index_bytes));
+  memcpy(s.values, block.values + slot * block.value_bytes, static_cast<size_t>(block.value_bytes));
 }
 
 // What a skipped block stores: zeros at the first k places.
@@ -46,15 +44,14 @@ inline void empty_slot(const Block& block, const Scratch& s) {
 
 // The window of the block that follows is needed soon.
 inline void prefetch_next_window(const Block& block, const Step& step) {
-  const int64_t nbytes = step.window_size * block.num_kept * 2;
-  for (int64_t i = 0; i < nbytes; i += kCacheLine) {
-    prefetch(following(block.indices, nbytes + i));
-    prefetch(following(block.values, nbytes + i));
-  }
+  const int64_t index_bytes = step.window_size * block.index_bytes, value_bytes = step.window_size * block.value_bytes;
+  for (int64_t i = 0; i < index_bytes; i += kCacheLine) prefetch(following(block.indices, index_bytes + i));
+  for (int64_t i = 0; i < value_bytes; i += kCacheLine) prefetch(following(block.values, value_bytes + i));
 }
 
 // b1^r V_r and b2^r V_r^2 of `count` entries, rounded up to a whole vector. `readable` entries may be read.
-inline void weigh(const Bf16* values, int count, int64_t readable, float m_weight, float v_weight, Moments* terms) {
+template <class Value>
+inline void weigh(const Value* values, int count, int64_t readable, float m_weight, float v_weight, Moments* terms) {
   for (int i = 0; i < count; i += kLanes) {
     const Floats value = readable - i >= kLanes ? load(values + i) : load_first(values + i, count - i);
     // Sums begin with 0: adding it makes a weighted -0 a 0.
@@ -63,28 +60,42 @@ inline void weigh(const Bf16* values, int count, int64_t readable, float m_weigh
   }
 }
 
-// b1^r V_r and b2^r V_r^2 of the slot of age r, to the terms. Returns the slot's indices.
-inline const uint16_t* weigh_slot(const Block& block, const Step& step, int64_t age, const Scratch& s) {
+// b1^r V_r and b2^r V_r^2 of the slot of age r, to the terms.
+inline void weigh_slot(const Block& block, const Step& step, int64_t age, const Scratch& s) {
   const microadam_scalars& scalars = *step.scalars;
-  const int64_t start = slot_of_age(step, age) * block.num_kept;
-  const int64_t readable = scalars.num_weights * block.num_kept - start;
-  weigh(block.values + start, block.num_kept, readable, scalars.m_weights[age], scalars.v_weights[age], s.terms);
-  return block.indices + start;
+  const float m_weight = scalars.m_weights[age], v_weight = scalars.v_weights[age];
+  const int64_t slot = slot_of_age(step, age);
+  const int count = block.num_kept;
+  if (block.scales != nullptr) {
+    unpack_values(block, slot, s.unpacked_values);
+    weigh(s.unpacked_values, count, count + kPad, m_weight, v_weight, s.terms);
+  } else {
+    const Bf16* values = reinterpret_cast<const Bf16*>(block.values) + slot * count;
+    weigh(values, count, (scalars.num_weights - slot) * count, m_weight, v_weight, s.terms);
+  }
 }
 
-// M and V at the entries of a window of two valid slots or more. A coordinate that comes several times has its sums at
+// Of all valid slots, which lie one after the other, from the beginning.
+inline Entries window_entries(const Block& block, const Step& step, const Scratch& s) {
+  const int num_slots = static_cast<int>(step.scalars->num_weights), count = num_slots * block.num_kept;
+  if (block.scales == nullptr) return {reinterpret_cast<const uint16_t*>(block.indices), count};
+  for (int slot = 0; slot < num_slots; ++slot) unpack_indices(block, slot, s.unpacked_indices + slot * block.num_kept);
+  return {s.unpacked_indices, count};
+}
+
+// M and V at the entries of the window. A coordinate that comes several times has its sums at
 // its last entry and zeros, which change no weight, at the others; going backwards leaves zeros for the next block too.
 inline Entries sum_window(const Block& block, const Step& step, const Scratch& s) {
   Moments *moments = s.moments, *sums = s.sums;
   const Moments* terms = s.terms;
   prefetch_next_window(block, step);
+  const Entries entries = window_entries(block, step, s);
   for (int64_t age = step.scalars->num_weights - 1; age >= 0; --age) {
-    const uint16_t* indices = weigh_slot(block, step, age, s);
+    weigh_slot(block, step, age, s);
+    const uint16_t* indices = entries.indices + slot_of_age(step, age) * block.num_kept;
     MICROADAM_UNROLL
     for (int i = 0; i < block.num_kept; ++i) moments[indices[i]] += terms[i];
   }
-  // The valid slots lie one after the other, from the beginning.
-  const Entries entries = {block.indices, static_cast<int>(step.scalars->num_weights * block.num_kept)};
   MICROADAM_UNROLL
   for (int i = entries.count - 1; i >= 0; --i) {
     sums[i] = moments[entries.indices[i]];
@@ -93,7 +104,7 @@ inline Entries sum_window(const Block& block, const Step& step, const Scratch& s
   return entries;
 }
 
-// The same when the newest slot is all there is.
+// The same when the newest slot, which is not packed, is all there is.
 inline Entries weigh_newest(const Block& block, const Step& step, const Scratch& s) {
   const int count = block.num_kept;
   weigh(s.values, count, count + kPad, step.scalars->m_weights[0], step.scalars->v_weights[0], s.sums);
@@ -102,7 +113,8 @@ inline Entries weigh_newest(const Block& block, const Step& step, const Scratch&
 
 // Of all valid slots, however many.
 inline Entries sum_entries(const Block& block, const Step& step, const Scratch& s) {
-  return step.scalars->num_weights == 1 ? weigh_newest(block, step, s) : sum_window(block, step, s);
+  const bool is_newest_enough = step.scalars->num_weights == 1 && block.scales == nullptr;
+  return is_newest_enough ? weigh_newest(block, step, s) : sum_window(block, step, s);
 }
 
 // lr * (m / (eps + sqrt(v))) of a vector of sums.

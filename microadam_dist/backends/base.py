@@ -108,7 +108,7 @@ def readable_grads(tensors: Iterable[TensorStep]) -> list[Tensor | None]:
     return [grad if grad is None or grad.dtype in _KERNEL_DTYPES else grad.float() for grad in grads]
 
 
-STATE_NAMES = ("codes", "bucket_lo", "bucket_hi", "indices", "values", "exp_avg", "exp_avg_sq")
+STATE_NAMES = ("codes", "bucket_lo", "bucket_hi", "indices", "values", "scales", "exp_avg", "exp_avg_sq")
 
 
 class Addresses(NamedTuple):

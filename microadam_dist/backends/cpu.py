@@ -19,11 +19,11 @@ from torch import Tensor
 
 from ..config import MicroAdamConfig
 from ..errors import BackendUnavailableError, ConfigError
-from ..layout import BlockRun, Extent, StateLayout
+from ..layout import BlockRun, Extent, StateLayout, StateSize
 from ..scalars import StepScalars
 from .base import Addresses, TensorStep, pack_rows, readable_grads
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 LIBRARY_NAME = "libmicroadam_cpu.so"
 ISAS = {"portable": 0, "avx2": 1, "avx512": 2}  # slowest first
 
@@ -37,7 +37,7 @@ class _Extent(Structure):
 class _BlockRun(Structure):
     _fields_ = [
         *((name, c_int64) for name in ("rows", "cols", "numel", "num_kept")),
-        *((name, _Extent) for name in ("elements", "codes", "buckets", "kept")),
+        *((name, _Extent) for name in ("elements", *StateSize._fields)),
     ]
 
 
@@ -62,7 +62,7 @@ class _Scalars(Structure):
 
 
 class _Settings(Structure):
-    _fields_ = [("window_size", c_int64), ("bucket_size", c_int64)]
+    _fields_ = [("window_size", c_int64), ("bucket_size", c_int64), ("packed_window", c_int64)]
 
 
 class _LayoutFields(Structure):
@@ -90,8 +90,7 @@ def _block_run(run: BlockRun) -> _BlockRun:
     def extent(e: Extent) -> _Extent:
         return _Extent(e.start, e.row_stride, e.size)
 
-    extents = map(extent, (run.elements, run.codes, run.buckets, run.kept))
-    return _BlockRun(run.rows, run.cols, run.numel, run.num_kept, *extents)
+    return _BlockRun(run.rows, run.cols, run.numel, run.num_kept, *map(extent, run.extents))
 
 
 class CpuBackend:
@@ -146,7 +145,7 @@ class CpuBackend:
         steps = {tensor.step for tensor in tensors}
         scalars = {step: _scalars(step, config, grad_scale) for step in steps}  # alive until the call is over, as grads
         grads = readable_grads(tensors)
-        settings = _Settings(config.window_size, config.bucket_size)
+        settings = _Settings(config.window_size, config.bucket_size, config.packed_window)
         table = self._table(tensors, grads, {step: ctypes.addressof(members) for step, members in scalars.items()})
         num_skipped = self._library.microadam_cpu_step(
             byref(settings), table, len(tensors), ISAS[self.isa], self.num_threads

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..config import MicroAdamConfig
 from ..errors import ConfigError
-from ..layout import BlockRun, Extent, StateLayout
+from ..layout import BlockRun, Extent, StateLayout, StateSize
 from ..scalars import StepScalars
 from .base import STATE_NAMES, Addresses, DeviceInputs, TensorStep, pack_rows
 
@@ -37,7 +37,7 @@ class _Extent(Structure):
 class _Run(Structure):
     _fields_ = [
         *((name, c_int64) for name in ("first_block", "tensor", "numel", "num_kept", "cols", "is_aligned")),
-        *((name, _Extent) for name in ("elements", "codes", "buckets", "kept")),
+        *((name, _Extent) for name in ("elements", *StateSize._fields)),
     ]
 
 
@@ -132,8 +132,9 @@ class Plan:
                 runs.append(_sparse_run(run, index, self.num_blocks))
                 self.num_blocks += run.num_blocks
             for dense in layout.dense_runs:
-                start = _Extent(dense.start, 0, 0), _Extent(), _Extent(), _Extent(dense.state_start, 0, 0)
-                runs.append(_Run(self.num_blocks, index, dense.numel, 0, 0, 0, *start))
+                dense_run = _Run(self.num_blocks, index, dense.numel)
+                dense_run.elements.start, dense_run.values.start = dense.start, dense.state_start
+                runs.append(dense_run)
                 self.num_blocks += -(-dense.numel // self.shape.capacity)
         self.num_runs = len(runs)
         self.runs = _to_device((_Run * (len(runs) + 1))(*runs, _Run(self.num_blocks)), device)
@@ -145,9 +146,8 @@ def _sparse_run(run: BlockRun, tensor: int, first_block: int) -> _Run:
         return _Extent(e.start, e.row_stride, e.size)
 
     is_aligned = run.elements.is_multiple_of(VECTOR) and run.codes.is_multiple_of(VECTOR // 2)
-    extents = map(extent, (run.elements, run.codes, run.buckets, run.kept))
     cols = 0 if run.is_gapless else run.cols
-    return _Run(first_block, tensor, run.numel, run.num_kept, cols, is_aligned, *extents)
+    return _Run(first_block, tensor, run.numel, run.num_kept, cols, is_aligned, *map(extent, run.extents))
 
 
 def _first_runs(runs: Sequence[_Run], num_blocks: int) -> ctypes.Array[ctypes.c_uint32]:
@@ -177,6 +177,7 @@ def kernel_macros(
         "MIN_BLOCKS": plan.shape.min_blocks,
         "WINDOW_SIZE": config.window_size,
         "BUCKET_SIZE": config.bucket_size,
+        "PACKED_WINDOW": int(config.packed_window),
         "MAX_KEPT": config.num_kept(plan.longest),
         "MAX_TENSORS": MAX_TENSORS,
     }

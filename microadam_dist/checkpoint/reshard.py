@@ -6,6 +6,7 @@ A block that is cut in another way than before is rebuilt (ours):
 
 - its error is decoded, re-cut and quantized again in buckets that begin where its new fragment begins;
 - of each slot it gets the entries that lie in it, if they are more than it keeps those with the largest magnitude;
+  in a packed window they get a new scale and are rounded again;
 - unused places of a slot are empty (value 0).
 
 At most two blocks a rank and flat buffer are cut. ``step`` belongs to a local tensor; where parameters of different
@@ -22,9 +23,10 @@ from torch import Tensor
 
 from ..config import STRUCTURAL_SETTINGS
 from ..errors import CheckpointMismatchError
-from ..layout import DENSE_TENSORS, ShardSpan, StateLayout
+from ..layout import DENSE_TENSORS, WINDOW_TENSORS, ShardSpan, StateLayout
 from ..quantization import decode_error, encode_error
 from ..state import allocate_state
+from ..window import Slot, decode_slot, encode_slot
 
 
 @dataclass(frozen=True)
@@ -171,18 +173,22 @@ class _Target:
             self._copy(span_index, pieces[0], start, end)
             return False
         error = torch.zeros(1, end - start)
-        entries: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in range(self.layout.config.window_size)]
+        config = self.layout.config
+        entries: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in range(config.window_size)]
         for piece in pieces:
             overlap = max(start, piece.start), min(end, piece.end)
             self._read_fragment(piece, start, overlap, error, entries)
         slices = self.layout.state_slices(span_index, start, end)
-        if self.layout.config.ef_bits:
+        if config.ef_bits:
             for name, new in zip(("codes", "bucket_lo", "bucket_hi"), encode_error(error, self.layout), strict=True):
                 self.state[name][slices[name]] = new[0]
         if self.layout.has_window:
-            indices, values = _window(self.state, slices, len(entries))
-            for slot, (found_indices, found_values) in enumerate(entries):
-                indices[slot], values[slot] = _fit_slot(found_indices, found_values, values.shape[1])
+            fitted = [_fit_slot(*found, config.num_kept(end - start)) for found in entries]
+            indices, values = (torch.stack(parts) for parts in zip(*fitted, strict=True))
+            window = encode_slot(indices, values, config.packed_window)
+            for old, new in zip(_window(self.state, slices, len(entries)), window, strict=True):
+                if old is not None and new is not None:
+                    old.copy_(new)
         return True
 
     def _copy(self, span_index: int, piece: _Piece, start: int, end: int) -> None:
@@ -194,7 +200,7 @@ class _Target:
         shift = (self.step - int(source["step"])) % self.layout.config.window_size
         for name in ours:
             new = source[name][theirs[name]]
-            if shift and name in ("indices", "values"):
+            if shift and name in WINDOW_TENSORS:
                 new = self._shift_slots(piece, start, end, name, shift)
             self.state[name][ours[name]] = new
 
@@ -236,35 +242,39 @@ class _Target:
             decoded = decode_error(codes, lo.float(), hi.float(), layout, end - first)
             error[:, overlap[0] - start : overlap[1] - start] = decoded[:, overlap[0] - first : overlap[1] - first]
         if layout.has_window:
-            indices, values = _window(state, slices, len(entries))
+            indices, values = decode_slot(_window(state, slices, len(entries)))
             for slot in range(len(entries)):
-                position = indices[slot].long() + first
+                position = indices[slot] + first
                 taken = (values[slot] != 0) & (position >= overlap[0]) & (position < overlap[1])
                 target_slot = (slot + self.step - int(state["step"])) % len(entries)
                 entries[target_slot][0].append(position[taken] - start)
                 entries[target_slot][1].append(values[slot][taken])
 
 
-def _window(state: Mapping[str, Tensor], slices: Mapping[str, slice], num_slots: int) -> tuple[Tensor, Tensor]:
-    """Views of one block's window: indices (window_size, num_kept) int16 and values bf16."""
-    indices = state["indices"][slices["indices"]].view(torch.int16).view(num_slots, -1)
-    return indices, state["values"][slices["values"]].view(num_slots, -1)
+def _window(state: Mapping[str, Tensor], slices: Mapping[str, slice], num_slots: int) -> Slot:
+    """Views of one block's window: its slots take the place of the blocks of a `Slot`."""
+    parts = (state[name][slices[name]].view(num_slots, -1) if name in slices else None for name in WINDOW_TENSORS)
+    return Slot(*parts)  # type: ignore[arg-type]  # callers have a window
 
 
 def _fit_slot(indices: Sequence[Tensor], values: Sequence[Tensor], num_kept: int) -> tuple[Tensor, Tensor]:
-    """Exactly ``num_kept`` entries, indices ascending: the largest magnitudes, or all and empty places."""
+    """Exactly ``num_kept`` entries, indices ascending: the largest magnitudes, or all and empty places.
+
+    Returns:
+        Indices int64 and values fp32.
+    """
     index, value = torch.cat(list(indices)), torch.cat(list(values))
     order = index.argsort()
     index, value = index[order], value[order]
     if len(index) > num_kept:
         largest = value.abs().argsort(descending=True, stable=True)[:num_kept].sort().values
-        return index[largest].short(), value[largest]
+        return index[largest], value[largest]
     unused = torch.ones(num_kept, dtype=torch.bool)
     unused[index[index < num_kept]] = False  # at least as many as there are places to fill
     empty = unused.nonzero().flatten()[: num_kept - len(index)]
     index, value = torch.cat([index, empty]), torch.cat([value, value.new_zeros(len(empty))])
     order = index.argsort()
-    return index[order].short(), value[order]
+    return index[order], value[order]
 
 
 def _fragment(piece: _Piece, position: int) -> tuple[int, int]:

@@ -40,6 +40,7 @@ from ..errors import ConfigError
 from ..layout import StateLayout
 from ..scalars import StepScalars
 from ..state import BlockViews, block_views, concatenate
+from ..window import decode_slot
 
 # Blocks are measured in pieces to bound the temporaries (about 60 bytes an element).
 CHUNK_NUMEL = 1 << 17
@@ -190,8 +191,8 @@ def block_sums(blocks: BlockViews, layout: StateLayout, num_kept: int, step: int
     assert blocks.grad is not None
     gradient = blocks.grad.flatten(0, 1).float() * scalars.grad_scale
     accumulator = accumulate(blocks, blocks.grad, layout, scalars)
-    indices, values, finite = keep_largest_(blocks, accumulator, layout, num_kept)
-    residual = accumulator.scatter(1, indices, 0.0)
+    newest, residual, finite = keep_largest_(blocks, accumulator, layout, num_kept)
+    indices, values = decode_slot(newest)
     error = stored_error(blocks, layout, numel=gradient.shape[1])
     if error is None:
         error = torch.zeros_like(residual)

@@ -59,7 +59,7 @@ class Rows(NamedTuple):
 
     @property
     def window(self) -> dict[str, Tensor]:
-        """``indices`` and ``values``; empty where none is stored."""
+        """Its tensors; empty where none is stored."""
         return {name: self.state[name] for name in WINDOW_TENSORS if name in self.state}
 
     @property
@@ -273,12 +273,12 @@ class NewestExchange(RowExchange):
         dense = [row.shard for row in bucket if not row.window]
         replicas = self._find_replicas(sparse)
         num_skipped = update([row.tensor for row in bucket])
-        parts = [(row.shard, part) for row in sparse for part in newest_slot(row.layout, row.window, row.step)]
+        parts = [(row.shard, part) for row in sparse for part in newest_slot(row.layout, row.window, row.step).values()]
         parts += [(shard, _matrix(shard.param)) for shard in dense]
         for rank, received in self._gather_rows(parts):
             theirs = iter(received)
             for row, replica in zip(sparse, replicas, strict=True):
-                replica.store_slot(rank, row, next(theirs), next(theirs))
+                replica.store_slot(rank, row, theirs)
             for shard, weights in zip(dense, theirs, strict=True):
                 _write(shard.rows_of(rank), weights)
         skipped = torch.as_tensor(num_skipped, device=shards[0].tensor.device).view(1)
@@ -309,7 +309,7 @@ class Replica:
 
     Attributes:
         layout: Of the rows before and after this rank's own.
-        window: ``indices`` and ``values`` of those rows, (rows, n).
+        window: Its tensors for those rows, (rows, n).
     """
 
     def __init__(self, row: Rows) -> None:
@@ -328,23 +328,24 @@ class Replica:
         passed = _num_rows(self._shard, self._shard.rank) if rank > self._shard.rank else 0
         return slice(rows.start - passed, rows.stop - passed)
 
-    def store_slot(self, rank: int, row: Rows, indices: Tensor, values: Tensor) -> None:
-        """Put what `newest_slot` gives on another rank in its place."""
-        theirs = {name: part[self.row_slice(rank)] for name, part in self.window.items()}
-        index = _slot_index(row.layout, row.step, values.device)
-        theirs["indices"].view(torch.int16)[:, index] = indices
-        theirs["values"][:, index] = values
+    def store_slot(self, rank: int, row: Rows, parts: Iterator[Tensor]) -> None:
+        """Put what `newest_slot` gives on another rank, part after part, in its place."""
+        for name, columns in _slot_columns(row.layout, self.window, row.step).items():
+            self.window[name][self.row_slice(rank)][:, columns] = next(parts)
 
 
-def newest_slot(layout: StateLayout, window: Mapping[str, Tensor], step: int) -> tuple[Tensor, Tensor]:
-    """Indices, int16, and values, bf16, that the step after ``step`` others has stored: (rows, kept of a row)."""
-    index = _slot_index(layout, step, window["values"].device)
-    return window["indices"].view(torch.int16)[:, index], window["values"][:, index]
+def newest_slot(layout: StateLayout, window: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
+    """What the step after ``step`` others has stored in each of the window's tensors: (rows, of a row's slots)."""
+    return {name: window[name][:, columns] for name, columns in _slot_columns(layout, window, step).items()}
 
 
-def _slot_index(layout: StateLayout, step: int, device: torch.device) -> Tensor:
+def _slot_columns(layout: StateLayout, window: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
+    device = window["indices"].device
     columns = layout.slot_columns(step % layout.config.window_size)
-    return torch.cat([torch.arange(c.start, c.stop, device=device) for c in columns])
+    return {
+        name: torch.cat([torch.arange(part.start, part.stop, device=device) for part in parts])
+        for name, parts in columns.items()
+    }
 
 
 def _replay(rows: Sequence[tuple[Rows, Replica]], replay: Replay) -> None:

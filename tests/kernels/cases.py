@@ -12,7 +12,7 @@ from torch import Tensor
 
 from microadam_dist.backends.base import Backend, TensorStep
 from microadam_dist.config import MicroAdamConfig
-from microadam_dist.layout import ShardSpan, StateLayout
+from microadam_dist.layout import WINDOW_TENSORS, ShardSpan, StateLayout
 from microadam_dist.state import allocate_state
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -162,6 +162,15 @@ def _table() -> list[Case]:
         Case("betas-zero", whole(20, 256), settings={"betas": (0.0, 0.0)}),
         Case("lr-zero", whole(20, 256), settings={"lr": 0.0, "weight_decay": 0.1}),
     ]
+    packed = {"packed_window": True}
+    cases += [Case(f"{g.__name__}-packed", whole(20, 256), gradient=g, num_steps=9, settings=packed) for g in GRADIENTS]
+    cases += [
+        Case("packed-odd", whole(3, 5003), BF16, BF16, {**paper, **packed}, num_steps=12),
+        Case("packed-fragments", part((64, 1001), 517, 5555), FP16, FP32, {**packed, "weight_decay": 0.1}),
+        Case("packed-one-kept", whole(20, 256), settings={**packed, "density": 1e-6, "window_size": 2}),
+        Case("packed-all-kept", whole(20, 250), settings={**packed, "density": 1.0, "window_size": 20}, num_steps=25),
+        Case("packed-ef8", part((64, 301), 333, 4001), BF16, BF16, {**packed, "ef_bits": 8}),
+    ]
     for bits in (0, 2, 8):
         settings = {"ef_bits": bits}
         cases += [
@@ -178,6 +187,7 @@ CASES = _table()
 # Lengths and settings that the fused kernels treat in their own ways: whole and partial tiles and vectors, groups that
 # are merged or too few for the number kept, buckets of one tile, several and no whole number of them.
 _LONG = {"block_size": 4096, "weight_decay": 0.1}
+_PACKED = {**_LONG, "density": 0.01, "packed_window": True}
 KERNEL_CASES = [
     *(case for case in CASES if case.config.ef_bits == 4),
     Case("4096-1%-10", whole(3, 8192), settings={**_LONG, "density": 0.01, "window_size": 10}, num_steps=12),
@@ -199,6 +209,9 @@ KERNEL_CASES = [
     Case("4096-sparse", whole(3, 8192), settings={**_LONG, "density": 0.05}, gradient=sparse_rows),
     Case("8192", whole(2, 8192), BF16, BF16, settings={"block_size": 8192, "density": 0.05, "window_size": 2}),
     Case("15000", whole(2, 15000), settings={"block_size": 16384, "density": 0.01, "window_size": 10}, num_steps=3),
+    Case("4096-1%-10-packed", whole(3, 8192), BF16, BF16, {**_PACKED, "window_size": 10}, num_steps=12),
+    Case("4096-5%-2-packed", whole(3, 8192), settings={**_PACKED, "density": 0.05, "window_size": 2}),
+    Case("4096-all-kept-packed", whole(2, 4096), settings={**_PACKED, "density": 1.0, "window_size": 2}, num_steps=3),
     Case("one-kept-of-64", whole(64, 64), settings={"block_size": 64, "density": 1e-6, "window_size": 20}),
     Case("bucket-4", whole(20, 250), settings={"bucket_size": 4}),
     Case("bucket-6", whole(20, 250), FP16, BF16, settings={"bucket_size": 6}),
@@ -259,7 +272,7 @@ def replay_case(case: Case, backend: Backend) -> None:
     replica = param.clone()
     layout = case.layout
     state = allocate_state(layout, param.device)
-    window = {name: state[name] for name in ("indices", "values")}  # of the rank that has the gradient
+    window = {name: state[name] for name in WINDOW_TENSORS if name in state}  # of the rank that has the gradient
     for step, grad in enumerate(grads):
         num_nonfinite = backend.step([TensorStep(param, grad, state, layout, step)], case.config, case.grad_scale)
         if num_nonfinite:

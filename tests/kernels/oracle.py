@@ -40,6 +40,8 @@ class Block:
     lo: list[np.float32]
     hi: list[np.float32]
     slots: dict[int, list[tuple[int, np.float32]]] = field(default_factory=dict)
+    codes_of: dict[int, list[int]] = field(default_factory=dict)  # the same values in 8 bits, if the window is packed ...
+    scale_of: dict[int, np.float32] = field(default_factory=dict)  # ... and what to multiply them with
 
 
 class ScalarMicroAdam:
@@ -101,11 +103,14 @@ class ScalarMicroAdam:
         keys = [abs(to_bf16(x)) for x in a]
         if not all(key < 2.0**60 for key in keys):
             block.slots[slot] = [(i, F32(0)) for i in range(k)]
+            block.codes_of[slot], block.scale_of[slot] = [0] * k, F32(0)
             return 1
         kept = sorted(sorted(range(n), key=lambda i: (-float(keys[i]), i))[:k])
         block.slots[slot] = [(i, to_bf16(a[i])) for i in kept]
-        for i in kept:
-            a[i] = F32(0)
+        if s.packed_window:
+            self._pack(block, slot)
+        for i, value in block.slots[slot]:
+            a[i] = F32(a[i] - value) if s.packed_window else F32(0)
         if s.ef_bits:
             self._encode(block, a, levels)
 
@@ -124,6 +129,16 @@ class ScalarMicroAdam:
                 p = p - F32(s.lr) * ((c1 * m) / (F32(s.eps) + np.sqrt(c2 * v)))
             param[place] = to_dtype(p, self.dtype)
         return 0
+
+    @staticmethod
+    def _pack(block: Block, slot: int) -> None:
+        places, values = zip(*block.slots[slot], strict=True)
+        scale = to_bf16(F32(max(abs(value) for value in values)) / F32(127))
+        inverse = F32(1) / scale
+        codes = [int(np.rint(value * inverse)) if np.isfinite(inverse) else 0 for value in values]
+        block.codes_of[slot] = [min(max(code, -127), 127) for code in codes]
+        block.scale_of[slot] = scale
+        block.slots[slot] = [(i, F32(code) * scale) for i, code in zip(places, block.codes_of[slot], strict=True)]
 
     def _encode(self, block: Block, a: list[np.float32], levels: np.float32) -> None:
         for bucket in range(len(block.lo)):

@@ -51,13 +51,15 @@ def _flat_state(oracle: ScalarMicroAdam, case: Case) -> dict[str, np.ndarray]:
         state["bucket_lo"] = [lo for block in oracle.blocks for lo in block.lo]
         state["bucket_hi"] = [hi for block in oracle.blocks for hi in block.hi]
     if oracle.blocks and s.window_size > 1:
-        state["indices"], state["values"] = [], []
+        state |= {name: [] for name in ("indices", "values", *(["scales"] if s.packed_window else []))}
         for block in oracle.blocks:
-            empty = [(0, 0.0)] * s.num_kept(len(block.places))
+            num_kept = s.num_kept(len(block.places))
             for slot in range(s.window_size):
-                for index, value in block.slots.get(slot, empty):
-                    state["indices"].append(index)
-                    state["values"].append(value)
+                indices, values = zip(*block.slots.get(slot, [(0, 0.0)] * num_kept), strict=True)
+                state["indices"] += indices
+                state["values"] += block.codes_of.get(slot, [0] * num_kept) if s.packed_window else values
+                if s.packed_window:
+                    state["scales"].append(block.scale_of.get(slot, 0.0))
     if oracle.dense:
         places = [place for span in oracle.dense for place in span]
         state["exp_avg"] = [oracle.m[place] for place in places]
@@ -66,9 +68,11 @@ def _flat_state(oracle: ScalarMicroAdam, case: Case) -> dict[str, np.ndarray]:
 
 
 def _numbers(tensor: torch.Tensor, name: str, case: Case) -> np.ndarray:
-    """A state tensor as numbers: codes unpacked block by block, indices read as 16 bit."""
+    """A state tensor as numbers: codes and packed indices unpacked block by block."""
     if name == "indices":
-        return tensor.view(torch.int16).float().numpy()
+        return _indices(tensor, case)
+    if name == "values" and case.config.packed_window:
+        return tensor.view(torch.int8).float().numpy()
     if name != "codes":
         return tensor.float().numpy()
     bits, numbers = case.config.ef_bits, []
@@ -84,6 +88,22 @@ def _numbers(tensor: torch.Tensor, name: str, case: Case) -> np.ndarray:
                 codes.append(byte >> (i % (8 // bits) * bits) & (2**bits - 1))
             numbers += codes
     assert next(packed, None) is None
+    return np.array(numbers, np.float32)
+
+
+def _indices(tensor: torch.Tensor, case: Case) -> np.ndarray:
+    if not case.config.packed_window:
+        return tensor.view(torch.int16).float().numpy()
+    numbers: list[int] = []
+    stored = iter(tensor.tolist())
+    for span in case.layout.spans:
+        for numel in [] if span.is_dense else _block_lengths(case, span):
+            for _ in range(case.config.window_size):
+                num_bits = 12 * case.config.num_kept(numel)
+                bits = sum(next(stored) << (8 * i) for i in range(-(-num_bits // 8)))
+                numbers += [bits >> at & 4095 for at in range(0, num_bits, 12)]
+                assert bits >> num_bits == 0
+    assert next(stored, None) is None
     return np.array(numbers, np.float32)
 
 
