@@ -24,12 +24,14 @@ constexpr int kCountsPerLane = (kChunks * kWarps + 31) / 32;
 #ifdef MICROADAM_HARNESS
 // One build of the harness runs all settings. Small capacities, so that tests exceed them.
 static int kWindowSize, kBucketSize;
+static bool kPackedWindow;
 constexpr int kStageCapacity = 512;
 constexpr int kListCapacity = 64;
 constexpr bool kListHoldsSection = false;
 #else
 constexpr int kWindowSize = MICROADAM_WINDOW_SIZE;
 constexpr int kBucketSize = MICROADAM_BUCKET_SIZE;
+constexpr bool kPackedWindow = MICROADAM_PACKED_WINDOW;
 constexpr int kMaxKept = MICROADAM_MAX_KEPT;  // of any block
 constexpr int kStageCapacity = kWindowSize > 1 && kWindowSize * kMaxKept <= 1024 ? kWindowSize * kMaxKept : 1;
 constexpr int kListCapacity = kMaxKept < 2048 ? kMaxKept : 2048;
@@ -42,9 +44,10 @@ struct Block {
   Bf16* param_copy;
   uint8* codes;
   Bf16 *bucket_lo, *bucket_hi;
-  uint16* indices;  // kWindowSize slots of num_kept
-  Bf16* values;
+  uint8 *indices, *values;  // kWindowSize slots of num_kept, see slot.cuh
+  Bf16* scales;             // one for each slot of a packed window
   int32 numel, num_kept;
+  int32 index_bytes;  // of a slot
 };
 
 // The elements of a chunk that are kept.
@@ -60,10 +63,11 @@ struct Shared {
   alignas(16) float v_sums[kSection];
   alignas(16) uint32 coarse[kNumBins];
   alignas(16) uint32 fine[kNumBins + 32];  // the last ones count what nobody asks for, one for each lane
-  uint32 staged[kStageCapacity];  // the whole window: index | value << 16
+  uint32 staged[kStageCapacity];  // the whole window, see window_entry
   uint32 list[kListCapacity];     // kept elements: place in the section | value << 16
   uint32 warp_counts[32 * kCountsPerLane];  // kChunks * kWarps of them are used
   uint32 found_bin, found_rank;
+  uint32 largest_key;
   int32 section_kept;
   Scalars scalars;
   Block block;
@@ -85,7 +89,6 @@ __device__ __forceinline__ Block find_block(const Tensor& tensor, const Run& run
     col = index % static_cast<uint32>(run.cols);
   }
   const int64 element = offset_of(run.elements, row, col), bucket = offset_of(run.buckets, row, col);
-  const int64 kept = kWindowSize * offset_of(run.kept, row, col);
   Block block;
   block.param = static_cast<Param*>(tensor.param) + element;
   block.grad = static_cast<const Grad*>(tensor.grad) + element;
@@ -93,10 +96,12 @@ __device__ __forceinline__ Block find_block(const Tensor& tensor, const Run& run
   block.codes = tensor.codes + offset_of(run.codes, row, col);
   block.bucket_lo = tensor.bucket_lo + bucket;
   block.bucket_hi = tensor.bucket_hi + bucket;
-  block.indices = tensor.indices + kept;
-  block.values = tensor.values + kept;
+  block.indices = tensor.indices + kWindowSize * offset_of(run.indices, row, col);
+  block.values = tensor.values + kWindowSize * offset_of(run.values, row, col) * (kPackedWindow ? 1 : sizeof(Bf16));
+  block.scales = tensor.scales + kWindowSize * offset_of(run.scales, row, col);
   block.numel = static_cast<int32>(run.numel);
   block.num_kept = static_cast<int32>(run.num_kept);
+  block.index_bytes = static_cast<int32>(run.indices.size);
   return block;
 }
 

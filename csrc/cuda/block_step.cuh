@@ -9,7 +9,7 @@
 namespace microadam {
 
 __device__ __forceinline__ void skip_block(const Launch& launch, const Shared& s) {
-  store_empty_slot(s);
+  if (kWindowSize > 1) store_empty_slot(s);
   if (s.block.param_copy != nullptr) {
 #pragma unroll 1
     for (int i = threadIdx.x; i < s.block.numel; i += kThreads) {
@@ -35,8 +35,11 @@ __device__ __forceinline__ void block_step(const Launch& launch, Shared& s) {
     skip_block(launch, s);
     return;
   }
+  if (kPackedWindow) find_largest(packed, s);
   Kept kept[kChunks];
   mark_kept(packed, threshold, kept, s);
+  Scale scale = {};
+  if (kPackedWindow) scale = store_scale(s);
 
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
@@ -46,7 +49,7 @@ __device__ __forceinline__ void block_step(const Launch& launch, Shared& s) {
       __syncthreads();
       sum_slots(c, launch, s);
     }
-    take_kept(c, packed[c], kept[c], a[c], s);
+    take_kept(c, packed[c], kept[c], scale, a[c], s);
     if (buckets_fit_warps()) encode_chunk<kAligned>(s.block, c, a[c]);
     update_slots(c, s);
     __syncthreads();
@@ -86,8 +89,8 @@ __device__ __forceinline__ void dense_step(const Tensor& tensor, const Run& run,
                                            const Scalars& scalars, int32* flag) {
   Param* const param = static_cast<Param*>(tensor.param) + run.elements.start;
   const Grad* const grad = static_cast<const Grad*>(tensor.grad) + run.elements.start;
-  float* const exp_avg = tensor.exp_avg + run.kept.start;
-  float* const exp_avg_sq = tensor.exp_avg_sq + run.kept.start;
+  float* const exp_avg = tensor.exp_avg + run.values.start;
+  float* const exp_avg_sq = tensor.exp_avg_sq + run.values.start;
   const int64 end = min(start + kChunks * kSection, run.numel);
   bool is_finite = true;
 #pragma unroll 1

@@ -20,7 +20,7 @@ struct Run {
   int64 cols;        // 0: the blocks follow each other in all tensors, no row needs to be found
   int64 is_aligned;  // whether the extents allow vector accesses
   Extent elements, codes, buckets;
-  Extent kept;  // in units of one window slot; `start` on the dense path: where its moments begin
+  Extent indices, values, scales;  // of one window slot; `values.start` on the dense path: where its moments begin
 };
 
 // One local tensor. Pointers to what a tensor does not have, or a replay does not need, are null.
@@ -30,8 +30,8 @@ struct Tensor {
   Bf16* param_copy;  // optional second output
   uint8* codes;
   Bf16 *bucket_lo, *bucket_hi;
-  uint16* indices;
-  Bf16* values;
+  uint8 *indices, *values;
+  Bf16* scales;  // of a packed window
   float *exp_avg, *exp_avg_sq;
   int64* step;       // steps taken before, where they are counted on the device
   int64 is_aligned;  // whether all pointers are multiples of 16

@@ -4,6 +4,7 @@
 //                                             the weights are updated; 0: the whole step
 //   MICROADAM_THREADS, MICROADAM_CHUNKS       threads of a block, times 8 elements, times chunks: the longest block
 //   MICROADAM_WINDOW_SIZE, MICROADAM_BUCKET_SIZE, MICROADAM_MAX_KEPT
+//   MICROADAM_PACKED_WINDOW                   1: 12-bit indices and 8-bit values
 //   MICROADAM_MAX_TENSORS                     rows of the table of tensors
 //   MICROADAM_MIN_BLOCKS                      thread blocks that shall fit a multiprocessor at once
 #include "block_step.cuh"

@@ -89,6 +89,21 @@ __device__ __forceinline__ void count_fine(const uint32 (&packed)[kChunks][kVect
 __device__ __forceinline__ void clear_bins(Shared& s) {
 #pragma unroll 1
   for (int i = threadIdx.x; i < kNumBins; i += kThreads) s.coarse[i] = s.fine[i] = 0;
+  if (kPackedWindow && threadIdx.x == 0) s.largest_key = 0;
+}
+
+// The largest key of the block, for all threads after a barrier.
+__device__ __forceinline__ void find_largest(const uint32 (&packed)[kChunks][kVector / 2], Shared& s) {
+  uint32 largest = 0;
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) {
+#pragma unroll
+    for (int i = 0; i < kVector / 2; ++i) {
+      largest = max(largest, max(packed[c][i] & 0x7fffu, packed[c][i] >> 16 & 0x7fffu));
+    }
+  }
+  largest = __reduce_max_sync(kFullWarp, largest);
+  if (threadIdx.x % 32 == 0) atomicMax(&s.largest_key, largest);
 }
 
 struct Threshold {

@@ -5,6 +5,7 @@
 // update 0, so nothing else marks it.
 #pragma once
 
+#include "slot.cuh"
 #include "topk.cuh"
 
 namespace microadam {
@@ -17,15 +18,12 @@ __device__ __forceinline__ bool is_staged(int num_kept) {
 __device__ __forceinline__ void stage_window(Shared& s) {
   if (!is_staged(s.block.num_kept)) return;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < kWindowSize * s.block.num_kept; i += kThreads) {
-    s.staged[i] = in_global(s.block.indices)[i] | static_cast<uint32>(in_global(s.block.values)[i].bits) << 16;
-  }
+  for (int i = threadIdx.x; i < kWindowSize * s.block.num_kept; i += kThreads) s.staged[i] = stored_entry(i, s.block);
 }
 
-// Index and value of an element of the window, as in `staged`.
+// Entry number i of the window: its index, and the bits of its value in the upper half.
 __device__ __forceinline__ uint32 window_entry(int i, const Shared& s) {
-  if (is_staged(s.block.num_kept)) return s.staged[i];
-  return in_global(s.block.indices)[i] | static_cast<uint32>(in_global(s.block.values)[i].bits) << 16;
+  return is_staged(s.block.num_kept) ? s.staged[i] : stored_entry(i, s.block);
 }
 
 __device__ __forceinline__ void clear_sums(Shared& s) {
@@ -43,11 +41,12 @@ __device__ __forceinline__ void sum_slots(int section, const Launch& launch, Sha
   for (int age = s.scalars.num_weights - 1; age >= (kReplays ? 0 : 1); --age) {
     const int slot = s.scalars.newest_slot - age + (s.scalars.newest_slot < age ? kWindowSize : 0);
     const float m_weight = launch.m_weights[age], v_weight = launch.v_weights[age];
+    const float scale = kPackedWindow ? to_float(in_global(s.block.scales)[slot]) : 1.f;
 #pragma unroll 1
     for (int i = threadIdx.x; i < num_kept; i += num_threads) {
       const uint32 entry = window_entry(slot * num_kept + i, s), place = (entry & 0xffffu) - section * kSection;
       if (place >= kSection) continue;
-      const float value = as_float(entry & 0xffff0000u);
+      const float value = value_of(entry, scale);
       s.m_sums[place] = s.m_sums[place] + m_weight * value;
       s.v_sums[place] = s.v_sums[place] + v_weight * (value * value);
     }
@@ -67,15 +66,19 @@ __device__ __forceinline__ float window_update(float m_sum, float v_sum, const S
 constexpr float kTaken = -1.f;  // in the place of V: M has become the update already
 
 // The newest slot: stores it, adds it to the sums, and updates its elements, whose sums are then complete.
-__device__ __forceinline__ void take_newest(int section, int first, int count, Shared& s) {
-  const int slot = s.scalars.newest_slot * s.block.num_kept + first;
+__device__ __forceinline__ void take_newest(int section, int first, int count, const Scale& scale, Shared& s) {
 #pragma unroll 1
   for (int i = threadIdx.x; i < count; i += kThreads) {
     const uint32 entry = s.list[i], place = entry & 0xffffu;
-    float m = as_float(entry & 0xffff0000u), v = m * m;  // their weights are 1
+    float m = as_float(entry & 0xffff0000u);
+    if (kPackedWindow) m = stored_value(m, scale);
+    float v = m * m;  // their weights are 1
     if (kWindowSize > 1) {
-      in_global(s.block.indices)[slot + i] = static_cast<uint16>(section * kSection + place);
-      in_global(s.block.values)[slot + i].bits = static_cast<uint16>(entry >> 16);
+      if (kPackedWindow) {
+        store_packed_entry(section, first, i, count, scale, s);
+      } else {
+        store_entry(first + i, section * kSection + place, entry >> 16, s);
+      }
       m = s.m_sums[place] + m;
       v = s.v_sums[place] + v;
       s.v_sums[place] = kTaken;
@@ -97,9 +100,9 @@ __device__ __forceinline__ void update_slots(int section, Shared& s) {
   }
 }
 
-// Lists the kept elements of a section, as many as the list holds at once, and takes them; a[I] = 0.
+// Lists the kept elements of a section, as many as the list holds at once, and takes them; a[I] = 0, packed: a[I] -= V.
 __device__ __forceinline__ void take_kept(int section, const uint32 (&packed)[kVector / 2], const Kept& kept,
-                                          float (&a)[kVector], Shared& s) {
+                                          const Scale& scale, float (&a)[kVector], Shared& s) {
   if (threadIdx.x == kThreads - 1) s.section_kept = kept.position - kept.section + __popc(kept.mask);
   int listed = 0;
   do {
@@ -110,26 +113,15 @@ __device__ __forceinline__ void take_kept(int section, const uint32 (&packed)[kV
       if (kListHoldsSection || (next >= s.list && next < s.list + kListCapacity)) {
         const uint32 value = j % 2 == 0 ? packed[j / 2] << 16 : packed[j / 2] & 0xffff0000u;
         *next = value | threadIdx.x * kVector | j;
+        a[j] = kPackedWindow ? a[j] - stored_value(as_float(value), scale) : 0.f;
       }
       ++next;
-      a[j] = 0.f;
     }
     __syncthreads();
-    take_newest(section, kept.section + listed, min(s.section_kept - listed, kListCapacity), s);
+    take_newest(section, kept.section + listed, min(s.section_kept - listed, kListCapacity), scale, s);
     __syncthreads();
     listed += kListCapacity;
   } while (!kListHoldsSection && listed < s.section_kept);
-}
-
-// The slot of a skipped block is stored empty: zeros at the first places, which add nothing anywhere.
-__device__ __forceinline__ void store_empty_slot(const Shared& s) {
-  if (kWindowSize == 1) return;
-  const int slot = s.scalars.newest_slot * s.block.num_kept;
-#pragma unroll 1
-  for (int i = threadIdx.x; i < s.block.num_kept; i += kThreads) {
-    in_global(s.block.indices)[slot + i] = static_cast<uint16>(i);
-    in_global(s.block.values)[slot + i].bits = 0;
-  }
 }
 
 // p = p * (1 - lr*wd);  p[touched] -= update

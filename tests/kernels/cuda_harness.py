@@ -48,7 +48,7 @@ def build(sources: Path, **macros: str | int) -> ctypes.CDLL:
     subprocess.run(command, check=True, capture_output=True, text=True)
     loaded = ctypes.CDLL(str(library))
     loaded.harness_scalars.argtypes = [ctypes.POINTER(Launch)]
-    loaded.harness_step.argtypes = [ctypes.POINTER(Launch), ctypes.c_uint, *(ctypes.c_int,) * 3]
+    loaded.harness_step.argtypes = [ctypes.POINTER(Launch), ctypes.c_uint, *(ctypes.c_int,) * 4]
     assert loaded.harness_launch_bytes() == ctypes.sizeof(Launch)
     return loaded
 
@@ -126,7 +126,7 @@ class HarnessBackend:
         library = build(self._sources, **{name: macros[name] for name in BUILT_FOR})
         if launch.device_scalars:
             library.harness_scalars(ctypes.byref(launch))
-        settings = macros["WINDOW_SIZE"], macros["BUCKET_SIZE"], self._reverse
+        settings = (*(macros[name] for name in ("WINDOW_SIZE", "BUCKET_SIZE", "PACKED_WINDOW")), self._reverse)
         assert library.harness_step(ctypes.byref(launch), plan.num_blocks, *settings), "threads wait for ever"
 
     def _plan(self, layouts: Sequence[StateLayout]) -> Plan:

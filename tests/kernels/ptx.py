@@ -328,10 +328,11 @@ class ThreadBlock:
             self._write(predicate, exists.ravel(), threads)
 
     def _redux(self, name: list[str], operands: list[str], threads: Array) -> None:
-        assert name[2] == "add"
-        assert (self._read(operands[2], "i4", threads) == -1).all(), "a sum over a part of a warp"
-        sums = self._read(operands[1], "u4", threads).reshape(-1, WARP).sum(axis=1, dtype="u4")
-        self._write(operands[0], sums.repeat(WARP), threads)
+        assert name[3] == "u32" or name[2] == "add"
+        assert (self._read(operands[2], "i4", threads) == -1).all(), "a reduction over a part of a warp"
+        warps = self._read(operands[1], "u4", threads).reshape(-1, WARP)
+        reduced = {"add": np.add, "max": np.maximum}[name[2]].reduce(warps, axis=1, dtype="u4")
+        self._write(operands[0], reduced.repeat(WARP), threads)
 
 
 # ---------------------------------------------------------------- instructions without side effects
@@ -433,6 +434,10 @@ def compute(name: list[str], *x: Array) -> Array:
             result = _bf16(x[0]) << 16 | _bf16(x[1])
         case ["cvt", *_, ("f16" | "f32" | "f64") as to, "f16" | "f32" | "f64"]:
             result = x[0].astype(TYPES[to])
+        case ["cvt", "rni", "s32", "f32"]:
+            result = np.rint(x[0]).astype("i4")
+        case ["cvt", "rn", "f32", "s32"]:
+            result = x[0].astype("f4")
         case ["cvt", to, kind] if "f" not in to + kind:
             result = x[0].astype(TYPES[to])
         case _:

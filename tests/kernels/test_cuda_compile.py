@@ -34,10 +34,18 @@ def macros(
     setting: tuple[int, float] = PAPER,
     dtypes: tuple[torch.dtype, torch.dtype] = (BF16, BF16),
     bucket_size: int = 64,
+    packed_window: bool = False,
 ) -> dict[str, str | int]:
     """For blocks that fill the shape."""
     numel = shape.capacity
-    config = MicroAdamConfig(window_size=setting[0], density=setting[1], block_size=numel, bucket_size=bucket_size)
+    window_size, density = setting
+    config = MicroAdamConfig(
+        window_size=window_size,
+        density=density,
+        block_size=numel,
+        bucket_size=bucket_size,
+        packed_window=packed_window,
+    )
     plan = Plan([StateLayout((ShardSpan("w", (64, numel), 0, 64 * numel),), config)], torch.device("cpu"))
     assert plan.shape == shape
     return kernel_macros(plan, config, *dtypes)
@@ -50,6 +58,7 @@ COMPILED = [
     *(("sm_90", macros(shape)) for shape in SHAPES if shape != DEFAULT),
     *(("sm_90", macros(DEFAULT, NO_WINDOW, dtypes)) for dtypes in ((FP32, FP32), (FP16, BF16), (BF16, BF16))),
     ("sm_90", {**macros(DEFAULT), "REPLAY": 1}),
+    *(("sm_90", macros(DEFAULT, setting, packed_window=True)) for setting in (PAPER, MORE_KEPT)),
     ("sm_90", macros(DEFAULT, (20, 1.0))),
     ("sm_90", macros(DEFAULT, bucket_size=96)),  # buckets that fit no warp take the long way
 ]

@@ -89,7 +89,7 @@ MISTAKES = {
         "for (int j = kVector - 1; __popc(mask) > count; --j)",
         "for (int j = 0; __popc(mask) > count; ++j)",
     ),
-    "a kept element is not cleared": ("window.cuh", "      a[j] = 0.f;\n", ""),
+    "a kept element is not cleared": ("window.cuh", "scale) : 0.f;", "scale) : a[j];"),
     "two keys are exchanged": (
         "topk.cuh",
         "bf16_pair(a[c][2 * i], a[c][2 * i + 1])",
@@ -118,9 +118,20 @@ MISTAKES = {
     ),
     "the last bucket reads beyond the block": ("error_feedback.cuh", "if (!kAligned && j >= count) continue;", ""),
     "an element is updated once for every slot": ("window.cuh", "if (v >= 0.f)", "if (true)"),
-    "an empty slot keeps old values": ("window.cuh", "in_global(s.block.values)[slot + i].bits = 0;", ""),
+    "an empty slot keeps old values": ("slot.cuh", "store_entry(i, i, 0, s);", ";"),
+    "packed: an index loses its upper bits": (
+        "slot.cuh",
+        "bytes[1] |= static_cast<uint8>((index & 15u) << 4);",
+        "bytes[1] |= static_cast<uint8>((index & 7u) << 4);",
+    ),
+    "packed: the rounding error is lost": ("window.cuh", "a[j] - stored_value(as_float(value), scale)", "0.f"),
+    "packed: the scale is that of a warp": (
+        "topk.cuh",
+        "atomicMax(&s.largest_key, largest);",
+        "s.largest_key = largest;",
+    ),
 }
-_WATCHED = ["normal", "ties", "nonfinite", "shifted", "most-kept", "bfloat16-bfloat16", "row-1000", "one-kept-odd"]
+_WATCHED = ["normal", "normal-packed", "4096-5%-2-packed", "ties", "nonfinite", "shifted", "most-kept", "bfloat16-bfloat16", "row-1000", "one-kept-odd"]
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

@@ -89,6 +89,15 @@ CASES = [
     ),
     Case("window 2", whole(1, 4096), FP16, FP16, {**_ROW, "window_size": 2, "density": 0.05}, num_steps=3, padding=16),
     Case("most kept", part((64, 256), 0, 512), settings={"density": 0.7, "window_size": 3}, num_steps=4),
+    Case(
+        "packed window",
+        part((64, 301), 333, 701),
+        BF16,
+        BF16,
+        {"weight_decay": 0.1, "packed_window": True, "window_size": 3},
+        nonfinite,
+        num_steps=5,
+    ),
     Case("ties", part((64, 256), 0, 512), gradient=ties, padding=16),
     Case("not finite", part((64, 256), 0, 512), FP16, BF16, gradient=nonfinite, num_steps=6),
     Case("bucket of 96", part((64, 256), 100, 512), BF16, BF16, {"bucket_size": 96}, num_steps=3),
@@ -107,8 +116,9 @@ def test_for_another_architecture_and_order_of_warps(case: Case) -> None:
     assert_same_bits(case, PtxBackend("compute_80", warp_by_warp=True))
 
 
-def test_weights_follow_from_the_window() -> None:
-    replay_case(replace(ODD, settings={"window_size": 3}), PtxBackend())
+@pytest.mark.parametrize("packed", [False, True])
+def test_weights_follow_from_the_window(packed: bool) -> None:
+    replay_case(replace(ODD, settings={"window_size": 3, "packed_window": packed}), PtxBackend())
 
 
 def test_copy_of_the_weights() -> None:
@@ -127,7 +137,7 @@ class FarBackend(PtxBackend):
     def _run(self, launch: Launch, plan: Plan, macros: Mapping[str, str | int], memory: Sequence[torch.Tensor]) -> None:
         window = int(macros["WINDOW_SIZE"])
         distance = {"param": 4, "grad": 4, "codes": 1 / 2, "bucket_lo": 2 / 64, "bucket_hi": 2 / 64}
-        distance |= {"indices": 2 * window, "values": 2 * window}
+        distance |= {"indices": window, "values": 2 * window}
         for name, element_bytes in distance.items():
             near = getattr(launch.tensors[0], name)
             setattr(launch.tensors[0], name, (near - int(self.far * element_bytes)) % 2**64)
@@ -136,7 +146,8 @@ class FarBackend(PtxBackend):
             run.elements.start += self.far
             run.codes.start += self.far // 2
             run.buckets.start += self.far // 64
-            run.kept.start += self.far
+            run.indices.start += self.far
+            run.values.start += self.far
         super()._run(launch, plan, macros, memory)
 
 

@@ -71,6 +71,7 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
 }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fsqrt_rn(float x) { return sqrtf(x); }
+inline int __float2int_rn(float x) { return static_cast<int>(nearbyintf(x)); }
 #define __builtin_assume(condition)
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 
@@ -91,6 +92,14 @@ inline T __shfl_up_sync(unsigned, T value, unsigned distance) {
 }
 inline unsigned __reduce_add_sync(unsigned mask, unsigned value) {
   for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(mask, value, distance);
+  return value;
+}
+
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
+  for (int distance = 16; distance > 0; distance /= 2) {
+    const unsigned other = __shfl_xor_sync(mask, value, distance);
+    value = other > value ? other : value;
+  }
   return value;
 }
 

@@ -136,10 +136,11 @@ unsigned exchange(unsigned value, unsigned source) {
 // Runs the thread blocks of a launch one after the other; `reverse`: the threads take turns from the last to the first.
 // Returns false when threads wait for others that never come.
 extern "C" int harness_step(const microadam::Launch* launch, unsigned num_blocks, int window_size, int bucket_size,
-                            int reverse) {
+                            int packed_window, int reverse) {
   using namespace harness;
   microadam::kWindowSize = window_size;
   microadam::kBucketSize = bucket_size;
+  microadam::kPackedWindow = packed_window;
   current_launch = launch;
   direction = reverse ? -1 : 1;
   stacks.resize(kStackBytes * kThreads);

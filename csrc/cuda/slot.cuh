@@ -1,0 +1,110 @@
+// How the entries of a window slot are stored: 16-bit indices and bf16 values, or packed, which is 12-bit indices and
+// 8-bit values with a scale for each slot:
+//
+//   scale = bf16(max|V| / 127);  codes = clip(rint(V * (1 / scale)), -127, 127);  V = codes * scale
+#pragma once
+
+#include "block.cuh"
+
+namespace microadam {
+
+constexpr float kMaxCode = 127.f;
+
+// Of the newest slot.
+struct Scale {
+  float scale, inverse;
+};
+
+__device__ __forceinline__ Scale make_scale(uint32 largest_key, Bf16* stored) {
+  stored->bits = bf16_bits(__fdiv_rn(as_float(largest_key << 16), kMaxCode));
+  Scale scale = {to_float(*stored), 0.f};
+  const float inverse = __fdiv_rn(1.f, scale.scale);
+  if (float_bits(inverse) < kInfBits) scale.inverse = inverse;
+  return scale;
+}
+
+// After find_largest and a barrier.
+__device__ __forceinline__ Scale store_scale(const Shared& s) {
+  Bf16 stored;
+  const Scale scale = make_scale(s.largest_key, &stored);
+  if (threadIdx.x == 0) in_global(s.block.scales)[s.scalars.newest_slot] = stored;
+  return scale;
+}
+
+__device__ __forceinline__ int32 code_of(float value, const Scale& scale) {
+  return __float2int_rn(fminf(fmaxf(value * scale.inverse, -kMaxCode), kMaxCode));
+}
+
+// What is left of a value when it is packed.
+__device__ __forceinline__ float stored_value(float value, const Scale& scale) {
+  return static_cast<float>(code_of(value, scale)) * scale.scale;
+}
+
+// The value of an entry as stored_entry() gives it.
+__device__ __forceinline__ float value_of(uint32 entry, float scale) {
+  if (!kPackedWindow) return as_float(entry & 0xffff0000u);
+  return static_cast<float>(static_cast<int32>(entry << 8) >> 24) * scale;
+}
+
+__device__ __forceinline__ uint16* wide_indices(const Block& block) {
+  return reinterpret_cast<uint16*>(in_global(block.indices));
+}
+
+__device__ __forceinline__ uint16* wide_values(const Block& block) {
+  return reinterpret_cast<uint16*>(in_global(block.values));
+}
+
+// Entry number i of the window: its index, and the bits of its value in the upper half.
+__device__ __forceinline__ uint32 stored_entry(int i, const Block& block) {
+  if (!kPackedWindow) return wide_indices(block)[i] | static_cast<uint32>(wide_values(block)[i]) << 16;
+  const uint32 slot = static_cast<uint32>(i) / static_cast<uint32>(block.num_kept), place = i - slot * block.num_kept;
+  const uint8* const bytes = in_global(block.indices) + slot * block.index_bytes + place / 2 * 3;
+  const uint32 index = place % 2 == 0 ? bytes[0] | (bytes[1] & 15u) << 8 : bytes[1] >> 4 | bytes[2] << 4;
+  return index | static_cast<uint32>(in_global(block.values)[i]) << 16;
+}
+
+// Entry number `place` of the newest slot.
+__device__ __forceinline__ void store_entry(int place, uint32 index, uint32 value, const Shared& s) {
+  const int i = s.scalars.newest_slot * s.block.num_kept + place;
+  wide_indices(s.block)[i] = static_cast<uint16>(index);
+  wide_values(s.block)[i] = static_cast<uint16>(value);
+}
+
+// Entry number `place` of the newest slot, and the first bits of the `next` index, which shares a byte with every second
+// one; 0 if it is not known.
+__device__ __forceinline__ void store_packed_index(int place, uint32 index, uint32 next, bool is_first,
+                                                   const Shared& s) {
+  uint8* const bytes = in_global(s.block.indices) + s.scalars.newest_slot * s.block.index_bytes + place / 2 * 3;
+  if (place % 2 == 0) {
+    bytes[0] = static_cast<uint8>(index);
+    bytes[1] = static_cast<uint8>(index >> 8 | (next & 15u) << 4);
+  } else {
+    bytes[2] = static_cast<uint8>(index >> 4);
+    if (is_first) bytes[1] |= static_cast<uint8>((index & 15u) << 4);  // the one before could not know it
+  }
+}
+
+// Number i of `count` listed elements of a section, which begin at place `first` of the newest slot.
+__device__ __forceinline__ void store_packed_entry(int section, int first, int i, int count, const Scale& scale,
+                                                   const Shared& s) {
+  const uint32 index = section * kSection + (s.list[i] & 0xffffu), next = i + 1 < count ? s.list[i + 1] : 0;
+  store_packed_index(first + i, index, next, i == 0, s);
+  const int32 code = code_of(as_float(s.list[i] & 0xffff0000u), scale);
+  in_global(s.block.values)[s.scalars.newest_slot * s.block.num_kept + first + i] = static_cast<uint8>(code);
+}
+
+// The slot of a skipped block is stored empty: zeros at the first places, which add nothing anywhere.
+__device__ __forceinline__ void store_empty_slot(const Shared& s) {
+#pragma unroll 1
+  for (int i = threadIdx.x; i < s.block.num_kept; i += kThreads) {
+    if (kPackedWindow) {
+      store_packed_index(i, i, i + 1 < s.block.num_kept ? i + 1 : 0, false, s);
+      in_global(s.block.values)[s.scalars.newest_slot * s.block.num_kept + i] = 0;
+    } else {
+      store_entry(i, i, 0, s);
+    }
+  }
+  if (kPackedWindow && threadIdx.x == 0) in_global(s.block.scales)[s.scalars.newest_slot].bits = 0;
+}
+
+}  // namespace microadam
