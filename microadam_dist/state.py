@@ -61,7 +61,7 @@ class BlockViews:
     scales: Tensor | None
 
     def slot(self, number: int) -> Slot | None:
-        """A slot of the window of all blocks; a view where the blocks lie in a row, as the parts are. None: no window."""
+        """A slot of the window of all blocks; None: no window is stored."""
         if self.indices is None or self.values is None:
             return None
         scales = None if self.scales is None else self.scales[:, :, number].flatten(0, 1)

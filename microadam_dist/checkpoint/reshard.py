@@ -186,9 +186,9 @@ class _Target:
             fitted = [_fit_slot(*found, config.num_kept(end - start)) for found in entries]
             indices, values = (torch.stack(parts) for parts in zip(*fitted, strict=True))
             window = encode_slot(indices, values, config.packed_window)
-            for old, new in zip(_window(self.state, slices, len(entries)), window, strict=True):
-                if old is not None and new is not None:
-                    old.copy_(new)
+            for stored, part in zip(_window(self.state, slices, len(entries)), window, strict=True):
+                if stored is not None and part is not None:
+                    stored.copy_(part)
         return True
 
     def _copy(self, span_index: int, piece: _Piece, start: int, end: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,9 +16,10 @@ from microadam_dist import CheckpointMismatchError, MicroAdamConfig
 from microadam_dist.backends.base import TensorStep
 from microadam_dist.backends.reference import ReferenceBackend
 from microadam_dist.checkpoint.reshard import Resharder, SourceShard
-from microadam_dist.layout import ShardSpan, StateLayout, zero12_shard
+from microadam_dist.layout import WINDOW_TENSORS, ShardSpan, StateLayout, zero12_shard
 from microadam_dist.quantization import decode_error
 from microadam_dist.state import allocate_state
+from microadam_dist.window import Slot, decode_slot
 
 SHAPES = {"a": (30, 300), "norm": (300,), "b": (17, 1001), "c": (64, 64)}
 CONFIG = MicroAdamConfig(lr=1e-2, window_size=4, density=0.05, block_size=256)
@@ -84,12 +86,12 @@ def blocks(shards: list[SourceShard]) -> dict[tuple[str, int, int], dict[str, Te
                     place = run.elements.start + row * run.elements.row_stride + col * run.numel
                     span = next(s for s in shard.layout.spans if s.offset <= place < s.offset + s.numel)
                     state = {"weights": shard.weights[place : place + run.numel]}
+                    slots = shard.layout.config.window_size
                     for name, extent, width in (
                         ("codes", run.codes, 1),
                         ("bucket_lo", run.buckets, 1),
                         ("bucket_hi", run.buckets, 1),
-                        ("indices", run.kept, 2 * shard.layout.config.window_size),
-                        ("values", run.kept, shard.layout.config.window_size),
+                        *((name, getattr(run, name), slots) for name in WINDOW_TENSORS),
                     ):
                         if name in shard.state:
                             first = width * (extent.start + row * extent.row_stride + col * extent.size)
@@ -113,7 +115,11 @@ def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert all(torch.equal(got[name], expected[name]) for name in got)
 
 
-@pytest.mark.parametrize("config", [CONFIG, MicroAdamConfig(window_size=1, density=0.1), MicroAdamConfig(ef_bits=0)])
+PACKED = replace(CONFIG, packed_window=True)
+NO_WINDOW, NO_ERROR_FEEDBACK = MicroAdamConfig(window_size=1, density=0.1), MicroAdamConfig(ef_bits=0)
+
+
+@pytest.mark.parametrize("config", [CONFIG, PACKED, NO_WINDOW, NO_ERROR_FEEDBACK])
 @pytest.mark.parametrize("before, after", [(1, 4), (4, 1), (2, 3), (3, 4), (4, 4)])
 def test_rows_reshard_to_what_training_there_gives(before: int, after: int, config: MicroAdamConfig) -> None:
     got = reshard(train(row_layouts(before, config)), row_layouts(after, config))
@@ -123,10 +129,13 @@ def test_rows_reshard_to_what_training_there_gives(before: int, after: int, conf
         assert_same(shard.state, straight.state)
 
 
+@pytest.mark.parametrize("config", [CONFIG, PACKED], ids=["wide", "packed"])
 @pytest.mark.parametrize("before, after", [(1, 2), (2, 4), (4, 3), (3, 1), (3, 3)])
-def test_flat_shards_keep_every_block_that_is_cut_nowhere_or_in_the_same_place(before: int, after: int) -> None:
-    source, target = train(flat_layouts(before)), None
-    target = reshard(source, flat_layouts(after))
+def test_flat_shards_keep_every_block_that_is_cut_nowhere_or_in_the_same_place(
+    before: int, after: int, config: MicroAdamConfig
+) -> None:
+    source = train(flat_layouts(before, config))
+    target = reshard(source, flat_layouts(after, config))
     theirs, ours = blocks(source), blocks(target)
     common = theirs.keys() & ours.keys()
     assert len(ours) - len(common) <= 2 * (before + after - 2)
@@ -149,11 +158,12 @@ def test_rows_to_flat_and_back() -> None:
     assert len(differing) <= 1  # the block that two flat shards share
 
 
-def test_a_cut_block_keeps_its_error_and_its_largest_entries() -> None:
+@pytest.mark.parametrize("config", [CONFIG, PACKED], ids=["wide", "packed"])
+def test_a_cut_block_keeps_its_error_and_its_largest_entries(config: MicroAdamConfig) -> None:
     shape = (20, 256)
 
     def layout(*interval: int) -> StateLayout:
-        return StateLayout((ShardSpan("w", shape, *interval),), CONFIG)
+        return StateLayout((ShardSpan("w", shape, *interval),), config)
 
     def decoded(shard: SourceShard) -> Tensor:
         """The error of the whole second row."""
@@ -170,7 +180,7 @@ def test_a_cut_block_keeps_its_error_and_its_largest_entries() -> None:
     weights = torch.zeros(5120)
     for step in range(6):
         grad = torch.randn(5120, generator=generator)
-        ReferenceBackend().step([TensorStep(weights, grad, state, whole, step)], CONFIG, 1.0)
+        ReferenceBackend().step([TensorStep(weights, grad, state, whole, step)], config, 1.0)
     source = SourceShard(whole, {"step": torch.tensor(6), **state}, weights, "whole")
 
     resharder = Resharder([source])
@@ -183,14 +193,16 @@ def test_a_cut_block_keeps_its_error_and_its_largest_entries() -> None:
         (old,) = (block for key, block in blocks([source]).items() if key[1] == 256)
         (new,) = blocks([target]).values()
         for slot in range(4):
-            expected = entries(old, slot, first=256, start=start)[: CONFIG.num_kept(512 - start)]
-            assert entries(new, slot, first=start, start=start) == expected
+            expected = entries(old, slot, first=256, start=start)[: config.num_kept(512 - start)]
+            got = entries(new, slot, first=start, start=start)
+            half_a_code = max(abs(value) for _, value in expected) / 127 / 2 if config.packed_window else 0.0
+            assert dict(got) == pytest.approx(dict(expected), rel=0, abs=1.01 * half_a_code)
 
 
 def entries(block: dict[str, Tensor], slot: int, first: int, start: int) -> list[tuple[int, float]]:
     """(global index, value) of one slot from ``start`` on, largest magnitude first; empty places left out."""
-    values = block["values"].view(4, -1)[slot].tolist()
-    indices = block["indices"].view(torch.int16).view(4, -1)[slot].tolist()
+    window = Slot(*(block[name].view(4, -1)[slot : slot + 1] if name in block else None for name in WINDOW_TENSORS))
+    indices, values = (part[0].tolist() for part in decode_slot(window))
     assert indices == sorted(set(indices))
     found = [(first + i, value) for i, value in zip(indices, values, strict=True) if value and first + i >= start]
     return sorted(found, key=lambda entry: (-abs(entry[1]), entry[0]))

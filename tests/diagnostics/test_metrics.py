@@ -44,13 +44,14 @@ def expected_metrics(oracle: ScalarMicroAdam, param: Tensor, grad: Tensor, step:
         if not all(math.isfinite(x) for x in g):
             continue
         a = [x + y for x, y in zip(g, error, strict=True)]
-        kept = {i for i, _ in block.slots[step % window]}
+        kept = dict(block.slots[step % window])
+        left = [x if i not in kept else x - float(kept[i]) if oracle.s.packed_window else 0.0 for i, x in enumerate(a)]
         after = decoded(oracle, block)
         sums["g"] += sum(x * x for x in g)
         sums["kept"] += sum(g[i] ** 2 for i in kept)
         sums["a"] += sum(x * x for x in a)
-        sums["r"] += sum(x * x for i, x in enumerate(a) if i not in kept)
-        sums["qr"] += sum(((0.0 if i in kept else x) - after[i]) ** 2 for i, x in enumerate(a))
+        sums["r"] += sum(x * x for x in left)
+        sums["qr"] += sum((x - y) ** 2 for x, y in zip(left, after, strict=True))
         sums["e"] += sum(x * x for x in after)
         slots = [block.slots[slot] for slot in range(window) if slot <= step]
         sums["touched"] += len({i for slot in slots for i, value in slot if value})
@@ -68,7 +69,15 @@ def expected_metrics(oracle: ScalarMicroAdam, param: Tensor, grad: Tensor, step:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"window_size": 1, "density": 0.1}, {"ef_bits": 0}, {"ef_bits": 2, "window_size": 3}], ids=str
+    "settings",
+    [
+        {},
+        {"window_size": 1, "density": 0.1},
+        {"ef_bits": 0},
+        {"ef_bits": 2, "window_size": 3},
+        {"packed_window": True},
+    ],
+    ids=str,
 )
 def test_against_scalar_arithmetic(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """All of 30 blocks are sampled; one block is not finite in the fourth step."""
@@ -76,8 +85,7 @@ def test_against_scalar_arithmetic(settings: dict[str, Any], monkeypatch: pytest
     param = make_params([(10, 600)])[0]
     config = MicroAdamConfig(**{"block_size": 200, "window_size": 4, **settings})
     oracle = ScalarMicroAdam([((10, 600), 0, 6000, 0)], config, "float32")
-    structural = {name: getattr(config, name) for name in ("block_size", "window_size", "density", "ef_bits")}
-    optimizer = microadam([param], metrics_every=1, **structural)
+    optimizer = microadam([param], metrics_every=1, **config.structural)
     optimizer.grad_scale = torch.tensor(8.0)  # as GradScaler does
     for step in range(8):
         param.grad = gradient(param, seed=step)

@@ -131,7 +131,18 @@ MISTAKES = {
         "s.largest_key = largest;",
     ),
 }
-_WATCHED = ["normal", "normal-packed", "4096-5%-2-packed", "ties", "nonfinite", "shifted", "most-kept", "bfloat16-bfloat16", "row-1000", "one-kept-odd"]
+_WATCHED = [
+    "normal",
+    "normal-packed",
+    "4096-5%-2-packed",
+    "ties",
+    "nonfinite",
+    "shifted",
+    "most-kept",
+    "bfloat16-bfloat16",
+    "row-1000",
+    "one-kept-odd",
+]
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

@@ -244,10 +244,28 @@ def test_backend_is_not_a_group_setting() -> None:
 
 def test_group_overrides_the_defaults() -> None:
     own = {"lr": 0.5, "betas": (0.5, 0.75), "eps": 1e-6, "weight_decay": 0.25, "window_size": 3}
-    own |= {"density": 0.5, "block_size": 64, "bucket_size": 32, "ef_bits": 0}
+    own |= {"density": 0.5, "block_size": 64, "bucket_size": 32, "ef_bits": 2, "packed_window": True}
     optimizer = MicroAdam([{"params": [make_param()], **own}, {"params": [make_param()]}], backend="reference")
     assert {name: optimizer.param_groups[0][name] for name in SETTING_NAMES} == own
     assert MicroAdamConfig.from_dict(optimizer.param_groups[1]) == MicroAdamConfig()
+
+
+PACKABLE = {"packed_window": True, "window_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"packed_window": 1}, "packed_window=1: expected true or false."),
+        ({"window_size": 1}, "packed_window=True with window_size=1: a window of 1 is not stored"),
+        ({"ef_bits": 0}, "packed_window=True with ef_bits=0: what 8 bits leave of a value"),
+        ({"block_size": 4104}, "packed_window=True with block_size=4104: 12 bits name 4096 places."),
+    ],
+)
+def test_a_window_that_cannot_be_packed(settings: dict[str, Any], expected: str) -> None:
+    MicroAdamConfig(**PACKABLE)
+    with pytest.raises(ConfigError, match=re.escape(expected)):
+        MicroAdam([make_param()], **PACKABLE | settings)
 
 
 def test_paper_defaults() -> None:

@@ -1,5 +1,6 @@
 """Spans, grids and state sizes: figures computed by hand, and properties that hold for every cut of every shape."""
 
+import math
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from microadam_dist import MicroAdam
 from microadam_dist.config import MicroAdamConfig
 from microadam_dist.errors import UnsupportedLayoutError
-from microadam_dist.layout import DTYPE_BYTES, BlockGrid, BlockRun, Extent, ShardSpan, StateLayout
+from microadam_dist.layout import DTYPE_BYTES, BlockGrid, BlockRun, Extent, ShardSpan, StateLayout, StateSize
 from microadam_dist.state import allocate_state, block_views, state_specs
 
 
@@ -104,6 +105,8 @@ def test_span_outside_its_parameter(start: int, numel: int, offset: int) -> None
         ({"bucket_size": 256}, 0.5 + 2 * 2 / 256 + 10 * (2 + 2) * 41 / 4096),
         ({"density": 0.05, "window_size": 2}, 0.5625 + 2 * 4 * 205 / 4096),
         ({"window_size": 1}, 0.5625),
+        ({"density": 0.05, "window_size": 2, "packed_window": True}, 0.5625 + 2 * (308 + 205 + 2) / 4096),
+        ({"packed_window": True}, 0.5625 + 10 * (62 + 41 + 2) / 4096),
         ({"ef_bits": 8}, 1 + 0.0625 + 40 * 41 / 4096),
         ({"ef_bits": 0}, 40 * 41 / 4096),
         ({"ef_bits": 0, "window_size": 1}, 0.0),
@@ -173,7 +176,9 @@ class Block(NamedTuple):
     is_fragment: bool
     codes: tuple[int, int]
     buckets: tuple[int, int]
-    kept: tuple[int, int]
+    indices: tuple[int, int]
+    values: tuple[int, int]
+    scales: tuple[int, int]
 
 
 def blocks_of(run: BlockRun) -> Iterator[Block]:
@@ -183,7 +188,7 @@ def blocks_of(run: BlockRun) -> Iterator[Block]:
     for row in range(run.rows):
         for col in range(run.cols):
             start, numel = at(run.elements, row, col)
-            state = [at(extent, row, col) for extent in (run.codes, run.buckets, run.kept)]
+            state = [at(extent, row, col) for extent in run.extents[1:]]
             assert numel == run.numel
             yield Block(start, numel, run.num_kept, run.is_fragment, *state)
 
@@ -206,14 +211,24 @@ long_rows = st.tuples(st.integers(1, 3), st.integers(2000, 70000))
 convolutions = st.tuples(dims, dims, st.integers(1, 5), st.integers(1, 5))
 sparse_shapes = (rows_and_columns | long_rows | convolutions).filter(lambda shape: not whole(*shape).is_dense)
 all_shapes = sparse_shapes | st.lists(st.integers(0, 80), max_size=3).map(tuple)
-configs = st.builds(
-    MicroAdamConfig,
-    window_size=st.integers(1, 12),
-    density=st.sampled_from([1e-4, 0.01, 0.05, 0.3, 1.0]),
-    block_size=st.integers(8, 4096).map(lambda eighth: 8 * eighth),
-    bucket_size=st.sampled_from([2, 6, 64, 100, 256, 70000]),
-    ef_bits=st.sampled_from([0, 2, 4, 8]),
+any_settings = st.fixed_dictionaries(
+    {
+        "window_size": st.integers(1, 12),
+        "density": st.sampled_from([1e-4, 0.01, 0.05, 0.3, 1.0]),
+        "block_size": st.integers(8, 4096).map(lambda eighth: 8 * eighth),
+        "bucket_size": st.sampled_from([2, 6, 64, 100, 256, 70000]),
+        "ef_bits": st.sampled_from([0, 2, 4, 8]),
+    }
 )
+packed_settings = st.fixed_dictionaries(
+    {
+        "window_size": st.integers(2, 12),
+        "density": st.sampled_from([1e-4, 0.01, 0.05, 0.3, 1.0]),
+        "block_size": st.integers(8, 512).map(lambda eighth: 8 * eighth),
+        "packed_window": st.just(True),
+    }
+)
+configs = (any_settings | packed_settings).map(lambda settings: MicroAdamConfig(**settings))
 
 
 @st.composite
@@ -265,7 +280,7 @@ def test_row_shards_have_the_blocks_and_the_state_of_the_whole(
 ) -> None:
     """What lets FSDP2 cut every state tensor by rows, and reshard it."""
     row_numel = torch.Size(shape).numel() // shape[0]
-    got, before, sizes = [], [0, 0, 0], []
+    got, before, sizes = [], [0] * len(StateSize._fields), []
     for begin, end in data.draw(cuts(row_numel, shape[0])):
         layout = StateLayout((ShardSpan("w", shape, begin, end - begin),), config)
         blocks = blocks_by_position(layout)
@@ -292,7 +307,7 @@ def test_every_row_owns_one_interval_of_state_of_the_same_length(
     row_numel = torch.Size(shape).numel() // shape[0]
     begin, end = data.draw(st.sampled_from(data.draw(cuts(row_numel, shape[0]))))
     blocks = blocks_by_position(StateLayout((ShardSpan("w", shape, begin, end - begin),), config))
-    for field in ("codes", "buckets", "kept"):
+    for field in StateSize._fields:
         owned = [
             sorted(getattr(block, field) for block in blocks if block.start // row_numel == row)
             for row in range((end - begin) // row_numel)
@@ -310,7 +325,7 @@ def test_every_row_owns_one_interval_of_state_of_the_same_length(
 def test_state_follows_the_blocks_without_gap_or_overlap(spans: tuple[ShardSpan, ...], config: MicroAdamConfig) -> None:
     layout = StateLayout(spans, config)
     blocks = blocks_by_position(layout)
-    for field in ("codes", "buckets", "kept"):
+    for field in StateSize._fields:
         position = 0
         for block in blocks:  # spans and blocks in the order of the local tensor
             start, size = getattr(block, field)
@@ -319,7 +334,11 @@ def test_state_follows_the_blocks_without_gap_or_overlap(spans: tuple[ShardSpan,
     for block in blocks:
         assert block.codes[1] == -(-block.numel * config.ef_bits // 8)
         assert block.buckets[1] == (-(-block.numel // config.bucket_size) if config.ef_bits else 0)
-        assert block.kept[1] == block.num_kept == config.num_kept(block.numel)
+        assert block.num_kept == config.num_kept(block.numel)
+        k, has_window = block.num_kept, config.window_size > 1
+        assert block.values[1] == k * has_window
+        assert block.indices[1] == (math.ceil(1.5 * k) if config.packed_window else 2 * k) * has_window
+        assert block.scales[1] == config.packed_window
         assert 1 <= block.num_kept <= block.numel <= config.block_size
     assert sum(block.numel for block in blocks) == layout.sparse_numel
     assert layout.sparse_numel + layout.dense_numel == sum(span.numel for span in spans)
@@ -352,8 +371,7 @@ def test_views_touch_every_state_element_once_and_no_padding(
     assert torch.equal(param, touched)
     assert torch.equal(grad, touched)
     for name, tensor in state.items():
-        once = tensor.view(torch.int16) if name == "indices" else tensor
-        assert bool((once == 1).all()), name
+        assert bool((tensor == 1).all()), name
 
 
 @settings(deadline=None)
@@ -370,13 +388,15 @@ def test_state_slices_are_those_of_the_blocks_between_the_ends(
         first, last = sorted(data.draw(st.tuples(*[st.integers(0, len(blocks) - 1)] * 2)))
         start, end = blocks[first].start, blocks[last].start + blocks[last].numel
         at = {name: (getattr(blocks[first], name)[0], sum(getattr(blocks[last], name))) for name in Block._fields[4:]}
-        stored = [layout.config.window_size * edge for edge in at["kept"]]
+        window = {
+            name: slice(*(layout.config.window_size * edge for edge in at[name]))
+            for name in ("indices", "values", "scales")
+        }
         expected = {
             "codes": slice(*at["codes"]),
             "bucket_lo": slice(*at["buckets"]),
             "bucket_hi": slice(*at["buckets"]),
-            "indices": slice(2 * stored[0], 2 * stored[1]),
-            "values": slice(*stored),
+            **window,
         }
         to_global = span.start - span.offset
         got = layout.state_slices(index, start + to_global, end + to_global)
@@ -411,6 +431,7 @@ def numels(layout: StateLayout) -> dict[str, int]:
 @pytest.mark.parametrize("shape", [(40, 301), (3, 5000), (16, 32, 3, 3), (61,), (50, 5)])
 def test_whole_rows_have_a_row_of_state_each(shape: tuple[int, ...], ef_bits: int, window_size: int) -> None:
     overrides = {"ef_bits": ef_bits, "window_size": window_size, "block_size": 256, "density": 0.05}
+    overrides["packed_window"] = ef_bits == 4 and window_size > 1
     row_numel = torch.Size(shape[1:]).numel()
     unsharded = layout_of(whole(*shape), **overrides)
     assert all(rows == shape[0] for rows, *_ in unsharded.shapes.values())
