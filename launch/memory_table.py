@@ -20,7 +20,9 @@ from microadam_dist.planner.shapes import LLAMAS, LlamaShape, numel
 SETTINGS = {
     "1, 0.1 (the default)": MicroAdamConfig(window_size=1, density=0.1),
     "2, 0.05": MicroAdamConfig(window_size=2, density=0.05),
+    "2, 0.05, packed": MicroAdamConfig(window_size=2, density=0.05, packed_window=True),
     "10, 0.01 (the paper's)": MicroAdamConfig(window_size=10, density=0.01),
+    "10, 0.01, packed": MicroAdamConfig(window_size=10, density=0.01, packed_window=True),
 }
 README_MODELS = ("Llama-2 7B", "Llama-2 13B", "Llama-3 8B")
 FP32, BF16 = Precision(weight=4, master=0, compute=4), Precision(weight=2, master=0, compute=2)

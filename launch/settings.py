@@ -78,6 +78,9 @@ class Options:
     density: Annotated[float | None, _optimizer(help="MicroAdam: kept fraction of a gradient. Default 0.1.")] = None
     block_size: Annotated[int | None, _optimizer(help="MicroAdam: elements in a Top-K block. Default 4096.")] = None
     bucket_size: Annotated[int | None, _optimizer(help="MicroAdam: elements sharing one scale. Default 64.")] = None
+    packed_window: Annotated[
+        bool | None, _optimizer("--packed-window", help="MicroAdam: a window in 12-bit indices and 8-bit values.")
+    ] = None
     shard_state: Annotated[
         Exchange | None,
         _optimizer(help="MicroAdam under DDP: share the state among the ranks, and what they exchange after the step."),
@@ -134,7 +137,7 @@ class Options:
     @property
     def microadam_settings(self) -> dict[str, Any]:
         """The MicroAdam-only settings that were given."""
-        names = ("window_size", "density", "block_size", "bucket_size", "metrics_every")
+        names = ("window_size", "density", "block_size", "bucket_size", "packed_window", "metrics_every")
         settings = {name: value for name in names if (value := getattr(self, name)) is not None}
         if self.shard_state is not None:
             settings |= {"shard_state": True, "weight_exchange": self.shard_state.value}

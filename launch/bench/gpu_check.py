@@ -20,7 +20,7 @@ import torch
 from microadam_dist.backends.base import TensorStep
 from microadam_dist.backends.cuda import CudaBackend
 from microadam_dist.config import MicroAdamConfig
-from microadam_dist.layout import ShardSpan, StateLayout
+from microadam_dist.layout import WINDOW_TENSORS, ShardSpan, StateLayout
 from microadam_dist.state import allocate_state
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +52,7 @@ def moved_bytes(tensors: list[TensorStep]) -> int:
     total = 0
     for tensor in tensors:
         total += tensor.grad.nbytes + 2 * tensor.param.nbytes
-        window = sum(tensor.state[name].nbytes for name in ("indices", "values") if name in tensor.state)
+        window = sum(tensor.state[name].nbytes for name in WINDOW_TENSORS if name in tensor.state)
         total += window + window // tensor.layout.config.window_size
         total += 2 * sum(tensor.state[name].nbytes for name in ("codes", "bucket_lo", "bucket_hi"))
     return total

@@ -77,8 +77,7 @@ def optimizers(settings: str, deepspeed_cpu_adam: bool) -> dict[str, dict[str, A
         found["DeepSpeedCPUAdam"] = {"type": "AdamW", "params": common}
     for text in settings.split(","):
         config = parse_setting(text, WEIGHT_DECAY)
-        own = {"window_size": config.window_size, "density": config.density}
-        found[f"MicroAdam {text}"] = {"type": "MicroAdam", "params": {**common, **own}}
+        found[f"MicroAdam {text}"] = {"type": "MicroAdam", "params": {**common, **config.structural}}
     return found
 
 

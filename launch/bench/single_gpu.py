@@ -77,8 +77,7 @@ class Run:
         self.most_gradients = 0
         self._counting = [param.register_post_accumulate_grad_hook(self._count) for param in self.model.parameters()]
         if choice is Choice.microadam:
-            settings = {"window_size": config.window_size, "density": config.density}
-            optimizer = MicroAdam(self.model.named_parameters(), lr=LR, **settings)
+            optimizer = MicroAdam(self.model.named_parameters(), lr=LR, **config.structural)
             release_timed(self.model, optimizer, self.clock)
             self.optimizers: list[Optimizer] = [optimizer]
         else:
@@ -212,6 +211,7 @@ def main(
     optimizer: Annotated[Choice, typer.Option(help="adamw and adamw8bit release gradients, too.")] = Choice.microadam,
     window_size: Annotated[int, typer.Option(help="Of MicroAdam.")] = MicroAdamConfig.window_size,
     density: Annotated[float, typer.Option(help="Of MicroAdam.")] = MicroAdamConfig.density,
+    packed_window: Annotated[bool, typer.Option("--packed-window", help="Of MicroAdam.")] = False,
     steps: Annotated[int, typer.Option(min=1, help="Timed steps, after those that fill the window.")] = 50,
     seq: Annotated[int, typer.Option(min=2, help="Tokens of a sequence.")] = 2048,
     batch: Annotated[int, typer.Option(min=1, help="Sequences of a step.")] = 1,
@@ -224,7 +224,7 @@ def main(
         options, _ = resolve(
             Options(model_config=path, tokenizer="bytes", data=[], output=Path(), seq_len=seq, single_gpu=True)
         )
-        config = MicroAdamConfig(window_size=window_size, density=density)
+        config = MicroAdamConfig(window_size=window_size, density=density, packed_window=packed_window)
         found = measure(options, optimizer, config, batch, steps)
     except (UserError, MicroAdamError) as error:
         console.print(f"[bold red]Error:[/] {error}")

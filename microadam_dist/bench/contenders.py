@@ -16,14 +16,13 @@ from torch.optim.optimizer import Optimizer
 
 from ..config import MicroAdamConfig
 from ..errors import MicroAdamError
+from ..layout import WINDOW_TENSORS
 from ..optimizer import MicroAdam
 from .workload import ROW_NUMEL, Tensors, Workload
 
 BASELINE = "AdamW fused"
 COPY = "copy"
 REFERENCE_NUMEL = 1 << 20  # it takes a hundred times as long as a kernel
-
-_WINDOW_TENSORS = ("indices", "values")  # all slots are read, one is written
 
 
 @dataclass
@@ -139,12 +138,7 @@ def _not_asked_for(*_: Any, **__: Any) -> Optimizer:
 def _microadam(tensors: Tensors, config: MicroAdamConfig, backend: str, isa: str | None) -> MicroAdam:
     with _environment("MICROADAM_CPU_ISA", isa):
         return MicroAdam(
-            tensors.params,
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            window_size=config.window_size,
-            density=config.density,
-            backend=backend,
+            tensors.params, lr=config.lr, weight_decay=config.weight_decay, backend=backend, **config.structural
         )
 
 
@@ -185,7 +179,8 @@ def _contender(name: str, tensors: Tensors, optimizer: Optimizer) -> Contender:
         window_size = optimizer.param_groups[0].get("window_size", 1)
         total = 3 * _num_bytes(tensors.params)  # the gradient is read, the weights are read and written
         for key, nbytes in state().items():
-            total += nbytes + (nbytes // window_size if key in _WINDOW_TENSORS else nbytes)
+            # Of the window all slots are read and one is written.
+            total += nbytes + (nbytes // window_size if key in WINDOW_TENSORS else nbytes)
         return total
 
     return Contender(name, tensors, optimizer.step, lambda: sum(state().values()), floor_bytes)

@@ -53,6 +53,7 @@ def plan(
     block_size: Annotated[int, Option(help="MicroAdam: elements in a Top-K block.")] = DEFAULTS.block_size,
     bucket_size: Annotated[int, Option(help="MicroAdam: elements sharing one scale.")] = DEFAULTS.bucket_size,
     ef_bits: Annotated[int, Option(help="MicroAdam: bits of the error feedback.")] = DEFAULTS.ef_bits,
+    packed_window: Annotated[bool, Option("--packed-window", help="MicroAdam: window in 12 + 8 bits.")] = False,
     gradient_release: Annotated[bool, Option(help="Update weights in the backward pass (single, fsdp2).")] = False,
     activation_checkpointing: Annotated[bool, Option(help="Recompute every decoder layer.")] = False,
     offload_optimizer: Annotated[bool, Option("--offload-optimizer", help="ZeRO-1, 2, 3: to host memory.")] = False,
@@ -66,7 +67,12 @@ def plan(
     """Show the memory a training run needs on each GPU, with MicroAdam, 8-bit AdamW and AdamW."""
     try:
         config = MicroAdamConfig(
-            window_size=window_size, density=density, block_size=block_size, bucket_size=bucket_size, ef_bits=ef_bits
+            window_size=window_size,
+            density=density,
+            block_size=block_size,
+            bucket_size=bucket_size,
+            ef_bits=ef_bits,
+            packed_window=packed_window,
         )
         job = Job(
             engine=engine,

@@ -110,6 +110,8 @@ def test_sizes() -> None:
     assert parse_model("13B").numel == 13_015_864_320
     config = parse_setting("10/0.5%", weight_decay=0.1)
     assert (config.window_size, config.density, config.weight_decay) == (10, 0.005, 0.1)
+    assert not config.packed_window
+    assert parse_setting("10/1%/packed", weight_decay=0.0).packed_window
     for wrong in ("0x4096", "4097", "M", "-4096", "1.5M"):
         with pytest.raises(ConfigError, match="multiple of 4096"):
             parse_numel(wrong)

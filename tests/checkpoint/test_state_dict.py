@@ -53,11 +53,13 @@ def resumed(optimizer: MicroAdam, fresh: MicroAdam, state_dict: dict[str, Any] |
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("window_size", [10, 3, 1])  # 7 steps are below, above and far above the window
-def test_resume_is_bit_exact(dtype: torch.dtype, window_size: int) -> None:
-    optimizer = make_optimizer(dtype, window_size=window_size)
+# 7 steps are below, above and far above the window.
+@pytest.mark.parametrize("window_size, packed_window", [(10, False), (3, False), (3, True), (1, False)])
+def test_resume_is_bit_exact(dtype: torch.dtype, window_size: int, packed_window: bool) -> None:
+    settings = {"window_size": window_size, "packed_window": packed_window}
+    optimizer = make_optimizer(dtype, **settings)
     train(optimizer, range(7))
-    again = resumed(optimizer, make_optimizer(dtype, window_size=window_size))
+    again = resumed(optimizer, make_optimizer(dtype, **settings))
     assert everything(again) == everything(optimizer)
     for seed in range(7, 27):
         train(optimizer, [seed])
@@ -330,7 +332,14 @@ def spans(*entries: tuple) -> Callable[[], dict[str, Any]]:
     return edited(lambda saved: saved["microadam"]["tensors"][0].update(spans=list(entries)))
 
 
-OTHER_SETTINGS = {"window_size": 3, "density": 0.02, "block_size": 64, "bucket_size": 32, "ef_bits": 8}
+OTHER_SETTINGS = {
+    "window_size": 3,
+    "density": 0.02,
+    "block_size": 64,
+    "bucket_size": 32,
+    "ef_bits": 8,
+    "packed_window": True,
+}
 WHOLE = ("0", (40, 136), 0, 40 * 136, 0)
 
 MISMATCHES: dict[str, Callable[[], Any]] = {

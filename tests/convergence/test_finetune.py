@@ -61,6 +61,14 @@ def test_error_feedback_is_needed(test_loss: TestLoss, settings: dict[str, Any])
     assert test_loss(**settings) < test_loss(**settings, ef_bits=0) - 0.03
 
 
+PAPER = {"type": "microadam", "lr": 4e-3, "density": 0.01, "window_size": 10}
+
+
+@pytest.mark.parametrize("settings", [PAPER, WINDOW_2], ids=["window 10", "window 2"])
+def test_a_packed_window_is_as_good(test_loss: TestLoss, settings: dict[str, Any]) -> None:
+    assert abs(test_loss(**settings, packed_window=True) - test_loss(**settings)) < 0.01
+
+
 def test_four_bits_are_enough(test_loss: TestLoss) -> None:
     """An error feedback that is not quantized is no better."""
     unquantized = test_loss(**{**WINDOW_2, "type": "microadam_fp32_error"})

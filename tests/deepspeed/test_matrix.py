@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from microadam_dist import ConfigError, MicroAdam
+from microadam_dist.config import SETTING_NAMES
 from tests.deepspeed.engines import SETTINGS, GivenGradients, base_optimizer, initialize
 from tests.deepspeed.matrix import DTYPES, Row, markdown, rows
 from tests.deepspeed.test_stages import cut_intervals, uncut_masks
@@ -64,7 +65,7 @@ def make_engine(row: Row) -> Any:
         matrices = [p for p in model.parameters() if p.ndim > 1]
         vectors = [p for p in model.parameters() if p.ndim == 1]
         kwargs["model_parameters"] = [
-            {"params": matrices, "window_size": 2},
+            {"params": matrices, "window_size": 2, "packed_window": True},
             {"params": vectors, "weight_decay": 0.0, "lr": 1e-3},
         ]
     if "client" in traits:
@@ -118,7 +119,7 @@ def run_row(row: Row, rank: int) -> Record:
                     record.before += intervals(optimizer, p, p)
                 record.gradients[-1] += intervals(optimizer, p, p.grad)
                 for interval in intervals(optimizer, p, p):
-                    record.settings[interval.fqn] = {key: group[key] for key in SETTINGS}
+                    record.settings[interval.fqn] = {key: group[key] for key in SETTING_NAMES}
         result = original_step(*args, **kwargs)
         for group in optimizer.param_groups:
             after.update({p: intervals(optimizer, p, p) for p in group["params"] if p.grad is not None})

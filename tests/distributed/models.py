@@ -58,11 +58,11 @@ def shard(model: nn.Module, **kwargs: Any) -> nn.Module:
 
 
 def make_optimizer(model: nn.Module, **options: Any) -> MicroAdam:
-    """Two groups, the second one without a window where the options allow it."""
+    """Three groups: the second one packs its window, the third one has none where the options allow it."""
     named = list(model.named_parameters())
     window_size = 2 if options.get("weight_exchange") == "newest" else 1
     other = {"window_size": window_size, "density": 0.1, "weight_decay": 0.0}
-    groups = [{"params": named[:3]}, {"params": named[3:], **other}]
+    groups = [{"params": named[:2]}, {"params": named[2:3], "packed_window": True}, {"params": named[3:], **other}]
     return MicroAdam([group for group in groups if group["params"]], **SETTINGS, **options)
 
 

@@ -25,6 +25,7 @@ from .models import (
     gradients,
     inject,
     make_model,
+    make_optimizer,
     message_of,
     shard,
     train,
@@ -53,7 +54,8 @@ def _odd(dtype: torch.dtype, **options: Any) -> tuple[nn.Module, MicroAdam]:
     torch.manual_seed(0)
     model = Odd().to(dtype)
     named = list(model.named_parameters())
-    groups = [{"params": named[::2]}, {"params": named[1::2], "window_size": 2, "density": 0.1, "weight_decay": 0.0}]
+    packed = {"packed_window": True, "window_size": 2, "density": 0.1, "weight_decay": 0.0}
+    groups = [{"params": named[::2]}, {"params": named[1::2], **packed}]
     return model, MicroAdam(groups, **SETTINGS, **options)
 
 
@@ -192,7 +194,7 @@ def _newest_after_loading(rank: int, world_size: int, folder: Path) -> None:
                 save(folder, model, optimizer)
         check_loading(folder, dtype, own, exchange="newest")
         dist.barrier()
-    names = ("indices", "values")
+    names = ("indices", "values", "scales")
     windows = [tensor for name, tensor in own[dtype, END].items() if name.endswith(names)]
     local = {name: [] for name in (*names, "others")}
     for state in optimizer.state.values():
@@ -216,19 +218,7 @@ def _refused(rank: int, world_size: int) -> None:
     mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("other", "dp"))
     for ranks in (dist.group.WORLD, mesh["dp"], mesh["dp"].get_group()):
         model = make_model()
-        optimizer = MicroAdam(
-            [
-                {"params": list(model.named_parameters())[:3]},
-                {
-                    "params": list(model.named_parameters())[3:],
-                    "window_size": 1,
-                    "density": 0.1,
-                    "weight_decay": 0.0,
-                },
-            ],
-            **SETTINGS,
-            shard_state=ranks,
-        )
+        optimizer = make_optimizer(model, shard_state=ranks)
         train(model, optimizer, range(5))
         assert_same(everything(optimizer), expected)
     assert "one axis" in message_of(ConfigError, lambda: MicroAdam(model.parameters(), shard_state=mesh))

@@ -40,9 +40,7 @@ class Block:
     lo: list[np.float32]
     hi: list[np.float32]
     slots: dict[int, list[tuple[int, np.float32]]] = field(default_factory=dict)
-    codes_of: dict[int, list[int]] = field(
-        default_factory=dict
-    )  # the same values in 8 bits, if the window is packed ...
+    codes_of: dict[int, list[int]] = field(default_factory=dict)  # of a packed window: the values in 8 bits ...
     scale_of: dict[int, np.float32] = field(default_factory=dict)  # ... and what to multiply them with
 
 

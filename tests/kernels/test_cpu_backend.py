@@ -50,6 +50,12 @@ def test_bit_identical_to_the_reference(case: Case, isa: str) -> None:
         assert_same_bits(case, CpuBackend(isa, num_threads))
 
 
+WINDOWS = [
+    *({"window_size": size} for size in (1, 2, 3, 10)),
+    *({"window_size": size, "packed_window": True} for size in (2, 5)),
+]
+
+
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     rows, cols = draw(st.sampled_from([(1, 4096), (8, 600), (3, 5000), (70, 64), (2, 9001)]))
@@ -60,7 +66,7 @@ def cases(draw: st.DrawFn) -> Case:
         draw(st.sampled_from([FP32, BF16, FP16])),
         draw(st.sampled_from([FP32, BF16, FP16])),
         {
-            "window_size": draw(st.sampled_from([1, 2, 3, 10])),
+            **draw(st.sampled_from(WINDOWS)),
             "density": draw(st.sampled_from([0.001, 0.01, 0.05, 0.1, 0.5, 0.9, 1.0])),
             "block_size": draw(st.sampled_from([64, 200, 1000, 4096])),
             "bucket_size": draw(st.sampled_from([6, 16, 64, 96, 128, 4096])),
