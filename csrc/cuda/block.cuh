@@ -67,10 +67,10 @@ struct Shared {
   uint32 list[kListCapacity];     // kept elements: place in the section | value << 16
   uint32 warp_counts[32 * kCountsPerLane];  // kChunks * kWarps of them are used
   uint32 found_bin, found_rank;
-  uint32 largest_key;
   int32 section_kept;
   Scalars scalars;
   Block block;
+  uint32 largest_key;
 };
 
 __device__ __forceinline__ int first_element(int chunk) { return (chunk * kThreads + threadIdx.x) * kVector; }
@@ -89,19 +89,24 @@ __device__ __forceinline__ Block find_block(const Tensor& tensor, const Run& run
     col = index % static_cast<uint32>(run.cols);
   }
   const int64 element = offset_of(run.elements, row, col), bucket = offset_of(run.buckets, row, col);
-  Block block;
+  Block block = {};
   block.param = static_cast<Param*>(tensor.param) + element;
   block.grad = static_cast<const Grad*>(tensor.grad) + element;
   block.param_copy = tensor.param_copy == nullptr ? nullptr : tensor.param_copy + element;
   block.codes = tensor.codes + offset_of(run.codes, row, col);
   block.bucket_lo = tensor.bucket_lo + bucket;
   block.bucket_hi = tensor.bucket_hi + bucket;
-  block.indices = tensor.indices + kWindowSize * offset_of(run.indices, row, col);
-  block.values = tensor.values + kWindowSize * offset_of(run.values, row, col) * (kPackedWindow ? 1 : sizeof(Bf16));
-  block.scales = tensor.scales + kWindowSize * offset_of(run.scales, row, col);
   block.numel = static_cast<int32>(run.numel);
   block.num_kept = static_cast<int32>(run.num_kept);
-  block.index_bytes = static_cast<int32>(run.indices.size);
+  if (kWindowSize > 1) {
+    const int64 value = kWindowSize * offset_of(run.values, row, col);
+    block.indices = tensor.indices + kWindowSize * offset_of(run.indices, row, col);
+    block.values = tensor.values + (kPackedWindow ? value : static_cast<int64>(sizeof(Bf16)) * value);
+  }
+  if (kPackedWindow) {
+    block.scales = tensor.scales + kWindowSize * offset_of(run.scales, row, col);
+    block.index_bytes = static_cast<int32>(run.indices.size);
+  }
   return block;
 }
 
