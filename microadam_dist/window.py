@@ -42,7 +42,7 @@ def encode_slot(indices: Tensor, values: Tensor, packed: bool) -> Slot:
     largest = values.abs().amax(dim=1, keepdim=True)
     # Division by a tensor: dividing by a Python number may be computed as a product with the reciprocal.
     scales = (largest / torch.full_like(largest, MAX_CODE)).bfloat16()
-    inverse = 1 / scales.float()
+    inverse = torch.ones_like(largest) / scales.float()
     inverse = torch.where(inverse.isfinite(), inverse, 0.0)
     codes = (values * inverse).round().clamp(-MAX_CODE, MAX_CODE).to(torch.int8)
     return Slot(pack_indices(indices), codes.view(torch.uint8), scales)

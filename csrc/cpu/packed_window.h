@@ -33,7 +33,7 @@ inline void unpack_indices(const Block& block, int64_t slot, uint16_t* indices) 
     indices[i] = static_cast<uint16_t>(packed[0] | (packed[1] & 15) << 8);
     indices[i + 1] = static_cast<uint16_t>(packed[1] >> 4 | packed[2] << 4);
   }
-  if (i < count) indices[i] = static_cast<uint16_t>(packed[0] | packed[1] << 8);
+  if (i < count) indices[i] = static_cast<uint16_t>(packed[0] | (packed[1] & 15) << 8);
 }
 
 inline void unpack_values(const Block& block, int64_t slot, float* values) {
@@ -42,7 +42,7 @@ inline void unpack_values(const Block& block, int64_t slot, float* values) {
   for (int i = 0; i < block.num_kept; ++i) values[i] = static_cast<float>(codes[i]) * scale;
 }
 
-inline float largest_magnitude(const Bf16* values, int count) {
+inline float largest_kept(const Bf16* values, int count) {
   uint16_t largest = 0;
   for (int i = 0; i < count; ++i) {
     const uint16_t key = values[i].bits & 0x7FFF;
@@ -56,7 +56,7 @@ inline void pack_slot(const Block& block, const Step& step, const Scratch& s) {
   const int64_t slot = step.scalars->newest_slot;
   pack_indices(s.indices, block.num_kept, block.indices + slot * block.index_bytes);
   Bf16* stored_scale = block.scales + slot;
-  round_to(stored_scale, largest_magnitude(s.values, block.num_kept) / kMaxCode);
+  round_to(stored_scale, largest_kept(s.values, block.num_kept) / kMaxCode);
   const float scale = to_float(*stored_scale);
   float inverse = 1.f / scale;
   if (float_bits(inverse) >= kInfBits) inverse = 0.f;

@@ -83,8 +83,8 @@ inline Entries window_entries(const Block& block, const Step& step, const Scratc
   return {s.unpacked_indices, count};
 }
 
-// M and V at the entries of the window. A coordinate that comes several times has its sums at
-// its last entry and zeros, which change no weight, at the others; going backwards leaves zeros for the next block too.
+// M and V at the entries of the window. A coordinate that comes several times has its sums at its last entry and zeros,
+// which change no weight, at the others; going backwards leaves zeros for the next block too.
 inline Entries sum_window(const Block& block, const Step& step, const Scratch& s) {
   Moments *moments = s.moments, *sums = s.sums;
   const Moments* terms = s.terms;
