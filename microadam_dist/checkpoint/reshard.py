@@ -253,8 +253,8 @@ class _Target:
 
 def _window(state: Mapping[str, Tensor], slices: Mapping[str, slice], num_slots: int) -> Slot:
     """Views of one block's window: its slots take the place of the blocks of a `Slot`."""
-    parts = (state[name][slices[name]].view(num_slots, -1) if name in slices else None for name in WINDOW_TENSORS)
-    return Slot(*parts)  # type: ignore[arg-type]  # callers have a window
+    parts = {name: state[name][slices[name]].view(num_slots, -1) for name in WINDOW_TENSORS if name in slices}
+    return Slot(parts["indices"], parts["values"], parts.get("scales"))
 
 
 def _fit_slot(indices: Sequence[Tensor], values: Sequence[Tensor], num_kept: int) -> tuple[Tensor, Tensor]:
