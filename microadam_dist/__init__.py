@@ -1,4 +1,4 @@
-"""MicroAdam for sharded parameters: Adam with 0.56 bytes of optimizer state a parameter."""
+"""MicroAdam for sharded parameters: Adam with 0.56 bytes of optimizer state per parameter."""
 
 from . import deepspeed
 from .config import MicroAdamConfig
@@ -9,10 +9,9 @@ from .errors import (
     MicroAdamError,
     UnsupportedLayoutError,
 )
-from .gradient_release import GradientRelease, release_gradients
-from .optimizer import MicroAdam
-from .sharded_optimizer import StateBytes
-from .sharded_state import load_sharded, save_sharded
+from .optimizer import MicroAdam, StateBytes
+from .optimizer.gradient_release import GradientRelease, release_gradients
+from .optimizer.sharded_files import load_sharded, save_sharded
 
 __version__ = "0.1.0"
 

@@ -134,6 +134,11 @@ OPTIMIZER_SETTING_NAMES = (
 STRUCTURAL_SETTINGS = ("window_size", "density", "block_size", "bucket_size", "ef_bits", "packed_window")
 
 
+def structural_difference(settings: Mapping[str, Any], others: Mapping[str, Any]) -> str | None:
+    """The first structural setting in which two param groups, or what `MicroAdamConfig.structural` gives, differ."""
+    return next((name for name in STRUCTURAL_SETTINGS if settings[name] != others[name]), None)
+
+
 def reject_unknown_settings(names: Iterable[str], *, misspelled_only: bool = False) -> None:
     """Raise for names that are no setting.
 

@@ -13,7 +13,7 @@ import torch
 
 from .checkpoint.deepspeed import DeepSpeedCheckpoint, read_checkpoint
 from .checkpoint.reshard import Resharder
-from .engines.base import raise_together
+from .engines.collectives import raise_together
 from .engines.deepspeed import filled_param_groups, load_untrained, publish_master_weights, whitelist
 from .errors import CheckpointMismatchError
 from .optimizer import MicroAdam

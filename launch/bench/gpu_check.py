@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
+from microadam_dist.arithmetic.state import allocate_state
 from microadam_dist.backends.base import TensorStep
 from microadam_dist.backends.cuda import CudaBackend
 from microadam_dist.config import MicroAdamConfig
 from microadam_dist.layout import WINDOW_TENSORS, ShardSpan, StateLayout
-from microadam_dist.state import allocate_state
 
 ROOT = Path(__file__).parents[2]
 BITS = "bit_identical or 16_bit or many_tensors or copy_of or more_than"

@@ -33,7 +33,7 @@ from data import byte_tokenizer  # noqa: E402
 from microadam_dist import MicroAdam, MicroAdamConfig  # noqa: E402
 from microadam_dist.diagnostics.live_bytes import LiveBytes  # noqa: E402
 from microadam_dist.errors import MicroAdamError  # noqa: E402
-from microadam_dist.gradient_release import ReleasedGradient  # noqa: E402
+from microadam_dist.optimizer.gradient_release import ReleasedGradient  # noqa: E402
 from microadam_dist.planner import memory  # noqa: E402
 from microadam_dist.planner.shapes import read_shape  # noqa: E402
 from settings import Options, UserError, resolve  # noqa: E402

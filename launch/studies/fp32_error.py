@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from microadam_dist import MicroAdam
-from microadam_dist.algorithm import largest_magnitudes
+from microadam_dist.arithmetic.step import largest_magnitudes
 from microadam_dist.config import MicroAdamConfig
 from microadam_dist.errors import UnsupportedLayoutError
 from microadam_dist.layout import BlockGrid, ShardSpan

@@ -12,10 +12,10 @@ import torch
 from torch.optim import Optimizer
 from transformers import get_scheduler
 
+from microadam_dist.arithmetic.blocks import block_views
+from microadam_dist.arithmetic.error_feedback import decode_error
 from microadam_dist.config import MicroAdamConfig
 from microadam_dist.layout import ShardSpan, StateLayout
-from microadam_dist.quantization import decode_error
-from microadam_dist.state import block_views
 
 from .config import OptimizerEntry, Run, Task
 from .optimizers import build_optimizer, package_version, state_bytes

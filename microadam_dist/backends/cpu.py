@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arithmetic.scalars import StepScalars
 from ..config import MicroAdamConfig
 from ..errors import BackendUnavailableError, ConfigError
 from ..layout import BlockRun, Extent, StateLayout, StateSize
-from ..scalars import StepScalars
 from .base import Addresses, TensorStep, pack_rows, readable_grads
 
 ABI_VERSION = 5

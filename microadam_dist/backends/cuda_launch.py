@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..arithmetic.scalars import StepScalars
 from ..config import MicroAdamConfig
 from ..errors import ConfigError
 from ..layout import BlockRun, Extent, StateLayout, StateSize
-from ..scalars import StepScalars
 from .base import STATE_NAMES, Addresses, DeviceInputs, TensorStep, pack_rows
 
 MAX_TENSORS = 256  # so that a launch's parameters stay below 32 KiB

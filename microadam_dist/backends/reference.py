@@ -1,4 +1,4 @@
-"""The reference backend: `algorithm.py` over every run of blocks, in pure torch, on any device."""
+"""The reference backend: `arithmetic` over every run of blocks, in pure torch, on any device."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..algorithm import adamw_step_, microadam_step_
+from ..arithmetic.blocks import block_views
+from ..arithmetic.scalars import StepScalars
+from ..arithmetic.step import adamw_step_, microadam_step_
 from ..config import MicroAdamConfig
 from ..layout import DENSE_TENSORS, BlockRun, DenseRun
-from ..scalars import StepScalars
-from ..state import block_views
 from .base import TensorStep, count_steps
 
 # Blocks are independent, so a large run is worked off in pieces to bound the temporaries (about 100 bytes an element).
@@ -34,7 +34,7 @@ class ReferenceBackend:
             for run in tensor.layout.runs:
                 for rows in _chunks(run):
                     blocks = block_views(tensor.layout, run, tensor.param, tensor.grad, tensor.state, rows)
-                    skipped.append(microadam_step_(blocks, tensor.layout, run.num_kept, tensor.step, scalars))
+                    skipped.append(microadam_step_(blocks, tensor.layout.config, run.num_kept, tensor.step, scalars))
             if tensor.grad is not None:
                 skipped += [self._dense_step(tensor, tensor.grad, dense, scalars) for dense in tensor.layout.dense_runs]
             if tensor.param_copy is not None:

@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..arithmetic.state import state_specs
 from ..config import MicroAdamConfig
 from ..errors import CheckpointMismatchError
 from ..layout import ShardSpan, StateLayout
-from ..state import state_specs
 from .format import FORMAT, LAYOUT_KEY
 from .reshard import Resharder, SourceShard
 

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arithmetic.state import flatten_state
 from ..errors import CheckpointMismatchError
 from ..layout import StateLayout
-from ..state import flatten_state
 from .format import LAYOUT_KEY, read_layouts
 from .reshard import SourceShard
 

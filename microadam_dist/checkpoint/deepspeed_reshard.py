@@ -6,6 +6,7 @@ copied.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arithmetic.state import shape_state, state_specs
 from ..config import MicroAdamConfig
+from ..engines.cuts import zero3_shard, zero12_shard
 from ..errors import CheckpointMismatchError, ConfigError
-from ..layout import FlatShard, StateLayout, zero3_shard, zero3_share, zero12_shard
-from ..state import shape_state, state_specs
+from ..layout import FlatShard, StateLayout, even_share
 from .deepspeed import DeepSpeedCheckpoint, read_checkpoint
 from .format import LAYOUT_KEY, describe_layouts
 from .reshard import Resharder, SourceShard
@@ -132,7 +134,7 @@ class _Writer:
         whole = self.checkpoint.untrained_tensors()
         fragments = {}
         for name, shape in (model["frozen_param_shapes"] or {}).items():
-            share = zero3_share(shape, self.world_size)
+            share = even_share(shape.numel(), self.world_size)
             padded = torch.nn.functional.pad(whole[name].flatten(), (0, share * self.world_size - shape.numel()))
             fragments[name] = padded[rank * share : (rank + 1) * share].clone()
         model["frozen_param_fragments"] = fragments
@@ -175,7 +177,10 @@ class _Writer:
         sub_group: dict[str, tuple[int, ...]] = {}
         for fqn, shape in shapes.items():
             sub_group[fqn] = shape
-            if sum(zero3_share(member, self.world_size) for member in sub_group.values()) >= self.sub_group_size:
+            if (
+                sum(even_share(math.prod(member), self.world_size) for member in sub_group.values())
+                >= self.sub_group_size
+            ):
                 yield sub_group
                 sub_group = {}
         if sub_group:

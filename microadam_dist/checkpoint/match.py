@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import SETTING_NAMES, STRUCTURAL_SETTINGS, MicroAdamConfig
+from ..arithmetic.state import indices_are_valid, state_specs
+from ..config import SETTING_NAMES, MicroAdamConfig, structural_difference
 from ..errors import CheckpointMismatchError, ConfigError
-from ..layout import StateLayout
-from ..state import indices_are_valid, state_specs
+from ..layout import WINDOW_TENSORS, StateLayout
 
 Groups = Sequence[Mapping[str, Any]]
 
@@ -57,12 +57,11 @@ def match_groups(saved_groups: Groups, groups: Groups) -> None:
             raise CheckpointMismatchError(
                 f"param group {index} of the checkpoint has no {missing[0]!r}: it was not written by MicroAdam."
             )
-        for name in STRUCTURAL_SETTINGS:
-            if saved[name] != group[name]:
-                raise CheckpointMismatchError(
-                    f"param group {index} of the checkpoint has {name}={saved[name]}, this optimizer {group[name]}. "
-                    f"State cannot be converted; construct the optimizer with {name}={saved[name]}."
-                )
+        if name := structural_difference(saved, group):
+            raise CheckpointMismatchError(
+                f"param group {index} of the checkpoint has {name}={saved[name]}, this optimizer {group[name]}. "
+                f"State cannot be converted; construct the optimizer with {name}={saved[name]}."
+            )
         try:
             MicroAdamConfig.from_dict(saved)
         except ConfigError as error:
@@ -121,5 +120,6 @@ def match_tensors(state: Mapping[str, Any], layout: StateLayout, name: str) -> N
     if int(state["step"]) < 0:
         raise CheckpointMismatchError(f"the checkpoint's step of parameter {name} is {int(state['step'])}: damaged.")
     if layout.has_window and "indices" in layout.tensors:
-        if not indices_are_valid(layout, state["indices"].contiguous().view(-1)):
+        window = {key: state[key].contiguous() for key in WINDOW_TENSORS if key in layout.tensors}
+        if not indices_are_valid(layout, window):
             raise CheckpointMismatchError(f"the checkpoint's window of parameter {name} points outside its blocks.")

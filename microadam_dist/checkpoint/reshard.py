@@ -21,12 +21,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..config import STRUCTURAL_SETTINGS
+from ..arithmetic.error_feedback import StoredError, decode_error, encode_error
+from ..arithmetic.state import allocate_state
+from ..arithmetic.window import Slot, decode_slot, encode_slot
+from ..config import structural_difference
 from ..errors import CheckpointMismatchError
-from ..layout import DENSE_TENSORS, WINDOW_TENSORS, ShardSpan, StateLayout
-from ..quantization import decode_error, encode_error
-from ..state import allocate_state
-from ..window import Slot, decode_slot, encode_slot
+from ..layout import DENSE_TENSORS, ERROR_TENSORS, WINDOW_TENSORS, ShardSpan, StateLayout
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,8 @@ class _Target:
             self._read_fragment(piece, start, overlap, error, entries)
         slices = self.layout.state_slices(span_index, start, end)
         if config.ef_bits:
-            for name, new in zip(("codes", "bucket_lo", "bucket_hi"), encode_error(error, self.layout), strict=True):
+            encoded = encode_error(error, bits=config.ef_bits, bucket_size=config.bucket_size)
+            for name, new in zip(ERROR_TENSORS, encoded, strict=True):
                 self.state[name][slices[name]] = new[0]
         if self.layout.has_window:
             fitted = [_fit_slot(*found, config.num_kept(end - start)) for found in entries]
@@ -237,9 +238,10 @@ class _Target:
         assert state is not None  # callers pass pieces with state only
         first, end = _fragment(piece, overlap[0])
         slices = layout.state_slices(piece.span_index, first, end)
-        if layout.config.ef_bits:
-            codes, lo, hi = (state[name][slices[name]][None] for name in ("codes", "bucket_lo", "bucket_hi"))
-            decoded = decode_error(codes, lo.float(), hi.float(), layout, end - first)
+        bits, bucket_size = layout.config.ef_bits, layout.config.bucket_size
+        if bits:
+            stored = StoredError(*(state[name][slices[name]][None] for name in ERROR_TENSORS))
+            decoded = decode_error(stored, end - first, bits=bits, bucket_size=bucket_size)
             error[:, overlap[0] - start : overlap[1] - start] = decoded[:, overlap[0] - first : overlap[1] - first]
         if layout.has_window:
             indices, values = decode_slot(_window(state, slices, len(entries)))
@@ -308,10 +310,9 @@ def _slice(offset: int, start: int, end: int) -> slice:
 
 
 def _require_same_settings(shard: SourceShard, layout: StateLayout, fqn: str) -> None:
-    for name in STRUCTURAL_SETTINGS:
-        theirs, ours = getattr(shard.layout.config, name), getattr(layout.config, name)
-        if theirs != ours:
-            raise CheckpointMismatchError(
-                f"parameter {fqn!r} was trained with {name}={theirs} in {shard.origin}, this optimizer has {ours}. "
-                f"State cannot be converted; construct the optimizer with {name}={theirs}."
-            )
+    theirs, ours = shard.layout.config.structural, layout.config.structural
+    if name := structural_difference(theirs, ours):
+        raise CheckpointMismatchError(
+            f"parameter {fqn!r} was trained with {name}={theirs[name]} in {shard.origin}, this optimizer has "
+            f"{ours[name]}. State cannot be converted; construct the optimizer with {name}={theirs[name]}."
+        )

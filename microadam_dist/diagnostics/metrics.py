@@ -33,14 +33,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..algorithm import accumulate, keep_largest_, stored_error, stored_slots
+from ..arithmetic.blocks import Blocks, block_views, concatenate
+from ..arithmetic.scalars import StepScalars
+from ..arithmetic.step import accumulate, keep_largest_, stored_error, stored_slots
+from ..arithmetic.window import decode_slot
 from ..backends.base import TensorStep
 from ..config import MicroAdamConfig
+from ..engines.collectives import process_rank
 from ..errors import ConfigError
-from ..layout import StateLayout
-from ..scalars import StepScalars
-from ..state import BlockViews, block_views, concatenate
-from ..window import decode_slot
 
 # Blocks are measured in pieces to bound the temporaries (about 60 bytes an element).
 CHUNK_NUMEL = 1 << 17
@@ -132,10 +132,10 @@ class Meter:
             grad_scale: Factor on every gradient.
         """
         # Blocks of several tensors are measured together: an operation on a few blocks costs as much as on many.
-        waiting: dict[_Alike, list[BlockViews]] = {}
+        waiting: dict[_Alike, list[Blocks]] = {}
         for tensor, group in tensors:
             for blocks, num_kept in _sampled_blocks(tensor):
-                numel, device = blocks.param.shape[2], blocks.param.device
+                numel, device = blocks.numel, blocks.param.device
                 alike = _Alike(group, tensor.layout.config, tensor.step, num_kept, numel, device)
                 waiting.setdefault(alike, []).append(blocks)
                 if sum(part.param.numel() for part in waiting[alike]) >= CHUNK_NUMEL:
@@ -143,10 +143,9 @@ class Meter:
         for alike, parts in waiting.items():
             self._add(alike, parts, config, grad_scale)
 
-    def _add(self, alike: _Alike, parts: Sequence[BlockViews], config: MicroAdamConfig, grad_scale: float) -> None:
+    def _add(self, alike: _Alike, parts: Sequence[Blocks], config: MicroAdamConfig, grad_scale: float) -> None:
         scalars = StepScalars.at(alike.step, config, grad_scale)
-        layout = StateLayout((), alike.made_for)
-        sums = block_sums(concatenate(parts), layout, alike.num_kept, alike.step, scalars)
+        sums = block_sums(concatenate(parts), alike.made_for, alike.num_kept, alike.step, scalars)
         if alike.group in self._sums:
             sums = self._sums[alike.group] + sums.to(self._sums[alike.group].device)
         self._sums[alike.group] = sums
@@ -169,7 +168,7 @@ class Meter:
         # Of all parameters, also of those this rank holds no part of: all ranks meet in the same collectives.
         for group in dict.fromkeys(shard.sharding_group for shard in optimizer.shards().values()):
             sums = self._sums[group].tolist() if group in self._sums else list(BlockSums())
-            for rank, num_skipped, theirs in _gather((_rank(), optimizer.num_nonfinite_blocks, sums), group):
+            for rank, num_skipped, theirs in _gather((process_rank()[0], optimizer.num_nonfinite_blocks, sums), group):
                 skipped[rank] = num_skipped
                 self._totals = BlockSums(*(mine + other for mine, other in zip(self._totals, theirs, strict=True)))
         self._sums = {}
@@ -179,25 +178,25 @@ class Meter:
             self.metrics |= {"sent_bytes": float(exchanged.sent), "dense_bytes": float(exchanged.dense)}
 
 
-def block_sums(blocks: BlockViews, layout: StateLayout, num_kept: int, step: int, scalars: StepScalars) -> Tensor:
+def block_sums(blocks: Blocks, config: MicroAdamConfig, num_kept: int, step: int, scalars: StepScalars) -> Tensor:
     """What one step does to B blocks, as `BlockSums`: (8,) float64.
 
     In place: the error feedback takes its next value, so these are copies.
 
     Args:
         blocks: The blocks, with a gradient.
-        layout, num_kept, step, scalars: As in `algorithm.microadam_step_`.
+        config, num_kept, step, scalars: As in `arithmetic.step.microadam_step_`.
     """
     assert blocks.grad is not None
     gradient = blocks.grad.flatten(0, 1).float() * scalars.grad_scale
-    accumulator = accumulate(blocks, blocks.grad, layout, scalars)
-    newest, residual, finite = keep_largest_(blocks, accumulator, layout, num_kept)
+    accumulator = accumulate(blocks, blocks.grad, config, scalars)
+    newest, residual, finite = keep_largest_(blocks, accumulator, config, num_kept)
     indices, values = decode_slot(newest)
-    error = stored_error(blocks, layout, numel=gradient.shape[1])
+    error = stored_error(blocks, config)
     if error is None:
         error = torch.zeros_like(residual)
 
-    window_size = layout.config.window_size
+    window_size = config.window_size
     older = stored_slots(blocks, [(step - age) % window_size for age in range(1, len(scalars.m_weights))])
     touched = torch.zeros_like(residual, dtype=torch.bool)
     for index, value in [(indices, values), *older]:
@@ -210,7 +209,7 @@ def block_sums(blocks: BlockViews, layout: StateLayout, num_kept: int, step: int
     return torch.where(finite, by_block, 0.0).sum(0)
 
 
-def _sampled_blocks(tensor: TensorStep) -> Iterator[tuple[BlockViews, int]]:
+def _sampled_blocks(tensor: TensorStep) -> Iterator[tuple[Blocks, int]]:
     """Copies of the sampled blocks, in pieces of one run, and their number of kept elements."""
     for run, rows, cols in tensor.layout.sample:
         blocks = block_views(tensor.layout, run, tensor.param, tensor.grad, tensor.state, range(run.rows))
@@ -227,10 +226,6 @@ def _gather(message: Any, group: dist.ProcessGroup | None) -> Sequence[Any]:
     messages = [message] * group.size()
     dist.all_gather_object(messages, message, group=group)
     return messages
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def _first(param_groups: Iterable[Mapping[str, Any]]) -> Tensor | None:

@@ -1,76 +1,51 @@
-"""How the optimizer learns what a local tensor holds, without knowing any engine."""
+"""The seam between the optimizer and the engines: what a local tensor holds, and how new weights reach other ranks."""
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import CheckpointMismatchError, ConfigError, UnsupportedLayoutError
-from ..layout import ShardSpan
+from ..config import MicroAdamConfig
+from ..errors import ConfigError, UnsupportedLayoutError
+from ..layout import WINDOW_TENSORS, ShardSpan, StateLayout
+from .dtensors import require_plain
+from .names import ParameterNames
 
-
-@dataclass(frozen=True, eq=False)
-class NamedParameter:
-    """A parameter as the optimizer's constructor saw it.
-
-    It is not kept alive: where an engine has put a shard in its place, its memory must be free to go.
-
-    Attributes:
-        fqn: Its name, or its position in the param groups.
-        shape: Its shape at that time.
-        reference: Gives the tensor, or None when nothing else holds it any more.
-    """
-
-    fqn: str
-    shape: tuple[int, ...]
-    reference: Callable[[], Tensor | None]
-
-    @classmethod
-    def of(cls, fqn: str, param: Tensor) -> NamedParameter:
-        """A name and what it stands for."""
-        return cls(fqn, tuple(param.shape), weakref.ref(param))
-
-    @property
-    def param(self) -> Any:
-        """The tensor itself; None when nothing else holds it any more."""
-        return self.reference()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _restore_named, (self.fqn, self.shape, self.param)
-
-
-def _restore_named(fqn: str, shape: tuple[int, ...], param: Tensor | None) -> NamedParameter:
-    return NamedParameter(fqn, shape, (lambda: None) if param is None else weakref.ref(param))
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 @dataclass(frozen=True)
-class Slot:
-    """A place in the param groups: what the constructor saw there and what is there now.
-
-    Engines put other tensors into the groups between construction and the first step.
+class Place:
+    """A place in the param groups; engines put other tensors there between construction and the first step.
 
     Attributes:
         tensor: The local tensor that is stepped now.
         group: Its param group, by position.
         position: Its position in the group.
         group_size: Number of tensors in the group now.
-        constructed: What the constructor got, group by group.
-        exchange: A `row_exchange.RowExchange` where state is sharded over parameters that are whole on every rank.
+        names: What the constructor got.
+        exchange: Where state is sharded over parameters that are whole on every rank.
     """
 
     tensor: Tensor
     group: int
     position: int
     group_size: int
-    constructed: Sequence[Sequence[NamedParameter]]
-    exchange: Any = None
+    names: ParameterNames
+    exchange: WeightExchange | None = None
+
+    def refuse_shard_state(self, fqn: str) -> None:
+        """For parameters that their engine shards, and their state with them."""
+        if self.exchange is not None:
+            raise UnsupportedLayoutError(
+                f"parameter {fqn!r} is sharded by FSDP, and its state with it: remove shard_state, which is for "
+                "parameters that are whole on every rank (DDP)."
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,20 +94,21 @@ class Shard:
     @property
     def has_final_grad(self) -> bool:
         """Whether a gradient is complete when the backward pass has accumulated it, with no reduction to follow."""
-        return process_rank()[1] == 1
+        return False
 
     @property
     def may_be_probed(self) -> bool:
-        """Whether a first step with zero gradients may be a probe for the state instead of a step of the training.
-
-        Not under ZeRO: DeepSpeed does not probe there, and a rank may hold nothing but rows of an embedding that saw
-        no token, while the other ranks have gradients and count the step.
-        """
-        return tuple(self.tensor.shape) == self.spans[0].global_shape if self.spans else False
+        """Whether a first step with zero gradients may be a probe for the state instead of a step of the training."""
+        return True
 
     @property
     def is_saved_apart(self) -> bool:
         """Whether a state dict must not hold the state, because the engine's own checkpoints would fail on it."""
+        return False
+
+    @property
+    def is_exchanged(self) -> bool:
+        """Whether other ranks step other rows of it, and all get them by a `WeightExchange`."""
         return False
 
     @property
@@ -144,6 +120,11 @@ class Shard:
     def groups(self) -> list[dist.ProcessGroup]:
         """The groups of ranks that step the same parameters at the same time, as far as it matters to the engine."""
         return []
+
+    @property
+    def has_plain_state(self) -> bool:
+        """Whether `wrap` and `unwrap` change nothing."""
+        return True
 
     def is_other_rank_part(self, state: Any) -> bool:
         """Whether a state tensor is what another rank has under this name: one rank has saved, and all have loaded."""
@@ -164,12 +145,21 @@ class Shard:
         Raises:
             CheckpointMismatchError: It is distributed in another way than the parameter.
         """
-        if type(state) is not Tensor and hasattr(state, "placements"):
-            raise CheckpointMismatchError(
-                f"state of {self.name!r} is a DTensor with placements {state.placements}, the parameter a "
-                "plain tensor. Load it with torch.distributed.checkpoint, which reshards."
-            )
-        return state
+        return require_plain(state, self.name)
+
+
+class Adapter(Protocol):
+    """The module of an engine."""
+
+    def find_shard(self, place: Place) -> Shard | None:
+        """What the tensor in ``place`` holds, or None when it is not this engine's.
+
+        Raises:
+            UnsupportedLayoutError: It is this engine's, sharded in a way that has no spans.
+        """
+
+
+# ---------------------------------------------------------------- new weights for other ranks
 
 
 @dataclass
@@ -188,95 +178,107 @@ class ExchangedBytes:
     dense: int = 0
 
 
-class Engine(Protocol):
-    """An adapter module."""
+@dataclass(frozen=True)
+class ExchangeSettings:
+    """How new weights reach other ranks, as the user has set it; see `MicroAdam`.
 
-    def find_shard(self, slot: Slot) -> Shard | None:
-        """What the tensor in ``slot`` holds, or None when it is not this engine's.
+    Raises:
+        ConfigError: ``sparse_allgather`` is no bool.
+    """
+
+    sparse_allgather: bool = False
+    shard_state: bool | dist.ProcessGroup | DeviceMesh | None = False
+    weight_exchange: str = "touched"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.sparse_allgather, bool):
+            raise ConfigError(f"sparse_allgather={self.sparse_allgather!r}: expected true or false.")
+
+    @property
+    def shards_state(self) -> bool:
+        """Whether the state of replicated parameters is shared by several ranks."""
+        return self.shard_state is not None and self.shard_state is not False
+
+
+class Rows(NamedTuple):
+    """What there is to know about an exchanged parameter before its step.
+
+    Attributes:
+        shard: The parameter; ``is_exchanged``.
+        layout: Of this rank's rows.
+        state: Local state tensors, (rows, n).
+        step: Steps taken before.
+    """
+
+    shard: Shard
+    layout: StateLayout
+    state: Mapping[str, Tensor]
+    step: int
+
+    @property
+    def tensor(self) -> Tensor:
+        """The whole parameter."""
+        return self.shard.tensor
+
+    @property
+    def window(self) -> dict[str, Tensor]:
+        """Its tensors; empty where none is stored."""
+        return {name: self.state[name] for name in WINDOW_TENSORS if name in self.state}
+
+
+class Replayed(NamedTuple):
+    """Weights that are updated from a window alone, which other ranks have filled.
+
+    Attributes:
+        weights: The whole parameter, in whatever order it lies in memory.
+        window: The window's tensors of the blocks in ``layout``.
+        layout: The rows that are updated.
+        step: Steps taken before.
+    """
+
+    weights: Tensor
+    window: Mapping[str, Tensor]
+    layout: StateLayout
+    step: int
+
+
+Update = Callable[[Sequence[Tensor]], int | Tensor]  # steps this rank's rows of parameters; returns the skipped blocks
+Replay = Callable[[Sequence[Replayed]], object]
+
+
+class WeightExchange(Protocol):
+    """Makes parameters whole on every rank again, after each has stepped its rows."""
+
+    def check(self, config: MicroAdamConfig) -> None:
+        """Raise a ConfigError for settings that cannot be exchanged."""
+
+    def mesh(self, device_type: str) -> DeviceMesh:
+        """The ranks, for parameters on such a device."""
+
+    def forget(self, tensor: Tensor) -> None:
+        """The state of a parameter was replaced."""
+
+    @property
+    def replica_bytes(self) -> int:
+        """Bytes of state kept of rows that other ranks step."""
+
+    def step(self, rows: Sequence[Rows], config: MicroAdamConfig, update: Update, replay: Replay) -> int | Tensor:
+        """Step the parameters of one param group on all ranks; returns the blocks this rank has skipped.
+
+        Args:
+            rows: The parameters.
+            config: The settings of this step.
+            update: Steps this rank's rows of parameters.
+            replay: Updates weights from a window.
 
         Raises:
-            UnsupportedLayoutError: It is this engine's, sharded in a way that has no spans.
+            ConfigError: The ranks are about to take different steps. Nothing has been changed, on any rank.
         """
 
-    def whitelist(self, optimizer_class: type) -> None:
-        """Make the engine accept the class; called when an optimizer is constructed."""
 
+class ExchangingOptimizer(Protocol):
+    """What an adapter may ask of the optimizer it is given."""
 
-# Asked in this order; the modules import their engine lazily.
-_ENGINES = ("ddp", "dtensor", "fsdp1", "local", "deepspeed")
-
-
-def engines() -> list[Engine]:
-    """All adapters, in the order in which they are asked."""
-    return [cast(Engine, importlib.import_module(f".{name}", __package__)) for name in _ENGINES]
-
-
-def find_shard(slot: Slot) -> Shard:
-    """What the tensor in ``slot`` holds, from the engine it belongs to.
-
-    Raises:
-        UnsupportedLayoutError: No engine knows the tensor, or its engine shards it in a way that has no spans.
-    """
-    for engine in engines():
-        shard = engine.find_shard(slot)
-        if shard is not None:
-            return shard
-    raise UnsupportedLayoutError(
-        f"param group {slot.group} holds a tensor of shape {tuple(slot.tensor.shape)} at position {slot.position} that "
-        "is neither a parameter the optimizer was constructed with nor a shard of a known engine. Construct MicroAdam "
-        "with the model's own parameters, and let the engine (DeepSpeed, FSDP2) replace them."
-    )
-
-
-def row_exchange(shard_state: Any, weight_exchange: str, counted: ExchangedBytes) -> Any:
-    """How ranks that share the state of replicated parameters pass new weights on; None where they do not.
-
-    Args:
-        shard_state: Setting of the optimizer: false, true, a process group or a DeviceMesh.
-        weight_exchange: Setting of the optimizer: a name.
-        counted: Counts what this rank sends.
-
-    Raises:
-        ConfigError: A setting is invalid, or there are no ranks.
-    """
-    names = {"touched": "TouchedExchange", "newest": "NewestExchange"}
-    if weight_exchange not in names:
-        raise ConfigError(f"weight_exchange={weight_exchange!r}: expected {' or '.join(map(repr, names))}.")
-    if shard_state is None or shard_state is False:
-        return None
-    module = importlib.import_module(".row_exchange", __package__)
-    return getattr(module, names[weight_exchange])(shard_state, counted)
-
-
-@contextlib.contextmanager
-def raise_together() -> Iterator[None]:
-    """If the body raises on any rank, raise on every rank: none goes on alone, or waits for one that is gone."""
-    error: Exception | None = None
-    try:
-        yield
-    except Exception as raised:
-        error = raised
-    messages: list[str | None] = [None] * process_rank()[1]
-    if len(messages) > 1:
-        dist.all_gather_object(messages, None if error is None else str(error))
-    if error is not None:
-        raise error
-    for rank, message in enumerate(messages):
-        if message is not None:
-            raise CheckpointMismatchError(f"rank {rank}: {message}")
-
-
-def any_rank(flag: bool, shards: Iterable[Shard]) -> bool:
-    """Whether ``flag`` is set on any rank that steps the same parameters; a collective of the shards' groups."""
-    for group in dict.fromkeys(group for shard in shards for group in shard.groups):
-        flags = [flag] * group.size()
-        dist.all_gather_object(flags, flag, group=group)
-        flag = any(flags)
-    return flag
-
-
-def process_rank() -> tuple[int, int]:
-    """(rank, world size) of this process; (0, 1) without torch.distributed."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
+    names: ParameterNames
+    exchange_settings: ExchangeSettings
+    exchanged_bytes: ExchangedBytes

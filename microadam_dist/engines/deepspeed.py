@@ -20,7 +20,8 @@ from torch import Tensor
 from ..errors import ConfigError, UnsupportedLayoutError
 from ..layout import ShardSpan
 from . import deepspeed_sparse
-from .base import NamedParameter, Shard, Slot
+from .base import ExchangingOptimizer, Place, Shard
+from .names import NamedParameter
 
 
 def whitelist(optimizer_class: type) -> None:
@@ -52,17 +53,19 @@ def _hook_initialize() -> None:
 
     @functools.wraps(original)
     def sanity_check(engine: Any, optimizer: Any) -> Any:
-        if type(optimizer) not in _known_classes:
-            return original(engine, optimizer)
+        return prepare(engine, optimizer) if type(optimizer) in _known_classes else original(engine, optimizer)
+
+    def prepare(engine: Any, optimizer: ExchangingOptimizer) -> Any:
         refuse_unsupported(engine)
-        if optimizer.shards_state:
+        if optimizer.exchange_settings.shards_state:
             raise ConfigError(
                 "optimizer option shard_state is for DDP; DeepSpeed shards the state itself: remove it, and choose a "
                 "ZeRO stage from 1 on."
             )
-        optimizer.name_parameters(engine.param_names)
+        optimizer.names.rename(engine.param_names)
+        optimizer.names.record_sharded()
         wrapper = original(engine, optimizer)
-        if optimizer.sparse_allgather:
+        if optimizer.exchange_settings.sparse_allgather:
             deepspeed_sparse.prepare(engine, wrapper)
         return wrapper
 
@@ -118,19 +121,19 @@ def refuse_unsupported(engine: Any) -> None:
             raise ConfigError(f"DeepSpeed option {option} does not work with MicroAdam: {remedy}.")
 
 
-def find_shard(slot: Slot) -> Shard | None:
+def find_shard(place: Place) -> Shard | None:
     """A flat shard or a master copy, by what DeepSpeed left on the model's parameters."""
-    if "deepspeed" not in sys.modules:
-        return None
-    model = [named for group in slot.constructed for named in group if _is_trainable(named)]
+    groups = place.names.sharded
+    if groups is None:
+        return None  # no engine of DeepSpeed has got this optimizer
+    model = [named for group in groups for named in group]
     if any(hasattr(named.param, "_z3_optimizer") for named in model):
-        spans = tuple(_stage3_spans(slot.tensor, model))
-        return ZeroShard(slot.tensor, spans, _holder(spans, model).ds_process_group)
+        spans = tuple(_stage3_spans(place.tensor, model))
+        return ZeroShard(place.tensor, spans, _holder(spans, model).ds_process_group)
     if any(hasattr(named.param, "_hp_mapping") for named in model):
-        spans = tuple(_stage1_2_spans(slot.tensor, model))
-        return ZeroShard(slot.tensor, spans, _holder(spans, model)._dp_group)
-    copied = _master_copy_spans(slot)
-    return None if copied is None else Shard(slot.tensor, copied)
+        spans = tuple(_stage1_2_spans(place.tensor, model))
+        return ZeroShard(place.tensor, spans, _holder(spans, model)._dp_group)
+    return _master_copy(place, groups[place.group])
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,6 +145,14 @@ class ZeroShard(Shard):
     """
 
     ranks: dist.ProcessGroup
+
+    @property
+    def may_be_probed(self) -> bool:
+        """DeepSpeed does not probe here, and a rank may hold nothing but rows of an embedding that saw no token.
+
+        Its gradients are zero then, while the other ranks have some and count the step.
+        """
+        return False
 
     @property
     def sharding_group(self) -> dist.ProcessGroup:
@@ -201,16 +212,11 @@ def _stage1_2_spans(shard: Tensor, model: Sequence[NamedParameter]) -> Iterator[
             yield ShardSpan(named.fqn, tuple(named.param.shape), start - begin, end - start, start - shard_start)
 
 
-def _master_copy_spans(slot: Slot) -> tuple[ShardSpan, ...] | None:
-    """Stage 0 in bf16 or fp16: an fp32 clone of every trainable parameter, in the order of the group."""
-    trainable = [named for named in slot.constructed[slot.group] if _is_trainable(named)]
-    if len(trainable) != slot.group_size or trainable[slot.position].param.shape != slot.tensor.shape:
+def _master_copy(place: Place, trained: Sequence[NamedParameter]) -> Shard | None:
+    """Stage 0 in bf16 or fp16: an fp32 clone of every trained parameter, in the order of the group."""
+    if len(trained) != place.group_size or trained[place.position].shape != tuple(place.tensor.shape):
         return None
-    return (ShardSpan(trainable[slot.position].fqn, tuple(slot.tensor.shape), start=0, numel=slot.tensor.numel()),)
-
-
-def _is_trainable(named: NamedParameter) -> bool:
-    return named.param is not None and named.param.requires_grad
+    return Shard(place.tensor, (ShardSpan.whole(trained[place.position].fqn, tuple(place.tensor.shape)),))
 
 
 @contextlib.contextmanager

@@ -85,14 +85,14 @@ def _gathers_as_tested() -> bool:
 def _install(zero: Any) -> None:
     """Replace the gather of one ZeRO-1, 2 optimizer: its ``step`` as it is, with another function under that name."""
     step = type(zero).step
-    weights = WeightExchange(zero, step.__globals__[_GATHER])
+    weights = SparseGather(zero, step.__globals__[_GATHER])
     names = {**step.__globals__, _GATHER: weights.gather}
     copy = types.FunctionType(step.__code__, names, step.__name__, step.__defaults__, step.__closure__)
     zero.step = types.MethodType(copy, zero)
     zero._optimizer_step = weights.optimizer_step
 
 
-class WeightExchange:
+class SparseGather:
     """Passes the new weights of one ZeRO-1, 2 optimizer on; all ranks of a group call it together.
 
     Args:
@@ -121,7 +121,7 @@ class WeightExchange:
         # Taken out until the exchange is through: if the step fails before it, the ranks' weights may differ.
         if len(shares) == 1 or self._synchronized.pop(group, None) != self._versions(group):
             return None
-        weights = shares[_rank(zero.real_dp_process_group[group])]
+        weights = shares[torch.distributed.get_rank(zero.real_dp_process_group[group])]
         master = zero.single_partition_of_fp32_groups[group]
         settings = zero.optimizer.param_groups[group]
         decay = 1 - float(settings["lr"]) * float(settings["weight_decay"]) if master.dtype == weights.dtype else 1.0
@@ -150,7 +150,7 @@ class WeightExchange:
             if len(shares) == 1:
                 continue
             ranks = dp_process_group[group]
-            own = _rank(ranks)
+            own = torch.distributed.get_rank(ranks)
             self._zero.optimizer.exchanged_bytes.dense += shares[own].nbytes
             if not exchange(self._messages.pop(group), shares, own, functools.partial(self._all_gather, ranks=ranks)):
                 self._dense_gather([groups_flat[group]], [shares], [ranks], **settings)
@@ -170,7 +170,3 @@ class WeightExchange:
     def _versions(self, group: int) -> list[int]:
         """Counters that in-place writes from outside move; DeepSpeed's own writes go through ``.data`` and do not."""
         return [param._version for param in self._zero.bit16_groups[group]]
-
-
-def _rank(ranks: Any) -> int:
-    return torch.distributed.get_rank(ranks)

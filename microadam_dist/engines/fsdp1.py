@@ -18,15 +18,12 @@ from torch import Tensor
 
 from ..errors import UnsupportedLayoutError
 from ..layout import ShardSpan
-from .base import Shard, Slot
-
-# What wrappers add to the names of parameters.
-_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+from .base import Place, Shard
 
 
-def find_shard(slot: Slot) -> Shard | None:
+def find_shard(place: Place) -> Shard | None:
     """One span: the interval of the parameter that is in this rank's part of the flat tensor, possibly empty."""
-    tensor = slot.tensor
+    tensor = place.tensor
     if getattr(tensor, "_is_flat_param", False):
         raise UnsupportedLayoutError(
             "the optimizer got a flat parameter of FullyShardedDataParallel, in which the shapes of the model's "
@@ -34,22 +31,17 @@ def find_shard(slot: Slot) -> Shard | None:
         )
     if not getattr(tensor, "_fsdp_flattened", False):
         return None
-    fqn = next((named.fqn for group in slot.constructed for named in group if named.param is tensor), None)
-    found = _find_handle(tensor)
-    if fqn is None or found is None:
+    named, found = place.names.find(tensor), _find_handle(tensor)
+    if named is None or found is None:
         raise UnsupportedLayoutError(
-            f"param group {slot.group} holds, at position {slot.position}, a parameter that a FullyShardedDataParallel "
-            "module has flattened and that is not among those MicroAdam was constructed with, or whose module is gone."
+            f"param group {place.group} holds, at position {place.position}, a parameter that a "
+            "FullyShardedDataParallel module has flattened and that is not among those MicroAdam was constructed with, "
+            "or whose module is gone."
         )
-    for wrapper in _WRAPPERS:
-        fqn = fqn.replace(wrapper, "")
+    place.refuse_shard_state(named.fqn)
     handle, index = found
-    span = _span(fqn, handle.flat_param, index)
+    span = _span(named.fqn, handle.flat_param, index)
     return FlatViewShard(tensor, (span,), handle.process_group, is_cut=handle.uses_sharded_strategy)
-
-
-def whitelist(optimizer_class: type) -> None:
-    """Nothing to do."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,16 +55,6 @@ class FlatViewShard(Shard):
 
     ranks: dist.ProcessGroup
     is_cut: bool
-
-    @property
-    def has_final_grad(self) -> bool:
-        """FSDP1 reduces the gradient of the flat parameter after this one is accumulated, whatever the ranks."""
-        return False
-
-    @property
-    def may_be_probed(self) -> bool:
-        """`torch.distributed.checkpoint` does; the ranks agree through `groups`."""
-        return True
 
     @property
     def groups(self) -> list[dist.ProcessGroup]:

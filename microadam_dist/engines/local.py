@@ -1,25 +1,35 @@
-"""Whole parameters on one device: single process, DDP, and engines that keep one master copy of each parameter."""
+"""Whole parameters on one device: a single process, and plain DDP."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..layout import ShardSpan
-from .base import Shard, Slot
+from .base import Place, Shard
+from .collectives import process_rank
 
 
-def find_shard(slot: Slot) -> Shard | None:
+def find_shard(place: Place) -> Shard | None:
     """One span: the whole parameter."""
-    for group in slot.constructed:
-        for named in group:
-            if named.param is slot.tensor:
-                return Shard(slot.tensor, (_whole(named.fqn, slot.tensor),))
-    return None
+    named = place.names.find(place.tensor)
+    if named is None:
+        return None
+    return WholeShard(place.tensor, (ShardSpan.whole(named.fqn, tuple(place.tensor.shape)),))
 
 
-def whitelist(optimizer_class: type) -> None:
-    """Nothing to do."""
+@dataclass(frozen=True, eq=False)
+class WholeShard(Shard):
+    """A parameter that is whole on this rank, and stepped by it."""
+
+    @property
+    def has_final_grad(self) -> bool:
+        """Among several ranks somebody reduces it: DDP, or by hand."""
+        return process_rank()[1] == 1
 
 
-def _whole(fqn: str, tensor: Tensor) -> ShardSpan:
-    return ShardSpan(fqn, tuple(tensor.shape), start=0, numel=tensor.numel())
+def has_ddp(model: nn.Module) -> bool:
+    """Whether DDP reduces the gradients of a part of the model."""
+    return any(isinstance(module, DistributedDataParallel) for module in model.modules())

@@ -14,20 +14,19 @@ from __future__ import annotations
 import math
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..backends.base import TensorStep
 from ..config import MicroAdamConfig
 from ..errors import ConfigError
-from ..layout import WINDOW_TENSORS, ShardSpan, StateLayout
-from .base import ExchangedBytes
+from ..layout import ShardSpan, StateLayout
+from .base import ExchangedBytes, ExchangeSettings, Replay, Replayed, Rows, Update, WeightExchange
 from .changes import compare, exchange, pieces
-from .ddp import ReplicatedShard
+from .replicated import ReplicatedShard
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -35,37 +34,22 @@ if TYPE_CHECKING:
 # Parameters are exchanged together up to this many elements of one rank, to bound the temporaries.
 COMM_BUCKET_NUMEL = 1 << 24
 
-# The newer name; torch 2.13 warns of the older one.
-_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-Update = Callable[[Sequence[Tensor]], int | Tensor]  # steps this rank's rows of parameters; returns the skipped blocks
-Replay = Callable[[Sequence[TensorStep]], Any]  # updates weights from a window
+def make_exchange(settings: ExchangeSettings, counted: ExchangedBytes) -> WeightExchange | None:
+    """How ranks that share the state of replicated parameters pass new weights on; None where they do not.
 
+    Args:
+        settings: Of the optimizer.
+        counted: Counts what this rank sends.
 
-class Rows(NamedTuple):
-    """What there is to know about a parameter before its step.
-
-    Attributes:
-        shard: The parameter.
-        layout: Of this rank's rows.
-        state: Local state tensors, (rows, n).
-        step: Steps taken before.
+    Raises:
+        ConfigError: A setting is invalid, or there are no ranks.
     """
-
-    shard: ReplicatedShard
-    layout: StateLayout
-    state: Mapping[str, Tensor]
-    step: int
-
-    @property
-    def window(self) -> dict[str, Tensor]:
-        """Its tensors; empty where none is stored."""
-        return {name: self.state[name] for name in WINDOW_TENSORS if name in self.state}
-
-    @property
-    def tensor(self) -> Tensor:
-        """The whole parameter."""
-        return self.shard.tensor
+    names: dict[str, type[RowExchange]] = {"touched": TouchedExchange, "newest": NewestExchange}
+    if settings.weight_exchange not in names:
+        expected = " or ".join(map(repr, names))
+        raise ConfigError(f"weight_exchange={settings.weight_exchange!r}: expected {expected}.")
+    return names[settings.weight_exchange](settings.shard_state, counted) if settings.shards_state else None
 
 
 class RowExchange(ABC):
@@ -119,21 +103,8 @@ class RowExchange(ABC):
         """Bytes of state kept of rows that other ranks step."""
         return 0
 
-    def step(
-        self, parameters: Iterable[tuple[Any, ...]], config: MicroAdamConfig, update: Update, replay: Replay
-    ) -> int | Tensor:
-        """Step the parameters of one param group on all ranks; returns the blocks this rank has skipped.
-
-        Args:
-            parameters: The fields of `Rows` of each.
-            config: The settings of this step.
-            update: Steps this rank's rows of parameters.
-            replay: Updates weights from a window.
-
-        Raises:
-            ConfigError: The ranks are about to take different steps. Nothing has been changed, on any rank.
-        """
-        rows = [Rows(*fields) for fields in parameters]
+    def step(self, rows: Sequence[Rows], config: MicroAdamConfig, update: Update, replay: Replay) -> int | Tensor:
+        """See `WeightExchange.step`."""
         if not rows:
             return 0
         self._require_agreement(rows, config)
@@ -147,7 +118,7 @@ class RowExchange(ABC):
         """Step parameters of one dtype."""
 
     def _require_agreement(self, rows: Sequence[Rows], config: MicroAdamConfig) -> None:
-        mesh, device = rows[0].shard.mesh, rows[0].tensor.device
+        mesh, device = _shard(rows[0]).mesh, rows[0].tensor.device
         description = [f"settings {config}", *(self._describe(row) for row in rows)]
         checksum = torch.tensor([zlib.crc32("\n".join(description).encode())], device=device)
         if len(set(self._all_gather(checksum, mesh).flatten().tolist())) > 1:
@@ -175,7 +146,9 @@ class RowExchange(ABC):
         """The ranks' tensors (n,), stacked: (ranks, n)."""
         received = tensor.new_empty(mesh.size(), tensor.numel())
         if tensor.numel():
-            _all_gather_single(received.view(-1), tensor, group=mesh.get_group())
+            # The newer name; torch 2.13 warns of the older one.
+            all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+            all_gather(received.view(-1), tensor, group=mesh.get_group())
         self._counted.sent += tensor.nbytes
         return received
 
@@ -221,7 +194,7 @@ class TouchedExchange(RowExchange):
     def _step_bucket(
         self, bucket: Sequence[Rows], config: MicroAdamConfig, update: Update, replay: Replay
     ) -> int | Tensor:
-        shards = [row.shard for row in bucket]
+        shards = [_shard(row) for row in bucket]
         mesh, own = shards[0].mesh, shards[0].rank
         shares = [_flat(shards, rank) for rank in range(mesh.size())]
         num_skipped = update([row.tensor for row in bucket])
@@ -268,12 +241,14 @@ class NewestExchange(RowExchange):
     def _step_bucket(
         self, bucket: Sequence[Rows], config: MicroAdamConfig, update: Update, replay: Replay
     ) -> int | Tensor:
-        shards = [row.shard for row in bucket]
+        shards = [_shard(row) for row in bucket]
         sparse = [row for row in bucket if row.window]
-        dense = [row.shard for row in bucket if not row.window]
+        dense = [_shard(row) for row in bucket if not row.window]
         replicas = self._find_replicas(sparse)
         num_skipped = update([row.tensor for row in bucket])
-        parts = [(row.shard, part) for row in sparse for part in newest_slot(row.layout, row.window, row.step).values()]
+        parts = [
+            (_shard(row), part) for row in sparse for part in newest_slot(row.layout, row.window, row.step).values()
+        ]
         parts += [(shard, _matrix(shard.param)) for shard in dense]
         for rank, received in self._gather_rows(parts):
             theirs = iter(received)
@@ -283,9 +258,10 @@ class NewestExchange(RowExchange):
                 _write(shard.rows_of(rank), weights)
         skipped = torch.as_tensor(num_skipped, device=shards[0].tensor.device).view(1)
         if self._all_gather(skipped, shards[0].mesh).any():  # the weights of a skipped block do not follow its window
-            self._gather_weights([row.shard for row in sparse])
+            self._gather_weights([_shard(row) for row in sparse])
         else:
-            _replay([(row, replica) for row, replica in zip(sparse, replicas, strict=True)], replay)
+            rows = zip(sparse, replicas, strict=True)
+            replay([Replayed(row.tensor, replica.window, replica.layout, row.step) for row, replica in rows])
         return num_skipped
 
     def _find_replicas(self, rows: Sequence[Rows]) -> list[Replica]:
@@ -294,7 +270,7 @@ class NewestExchange(RowExchange):
         self._replicas |= {row.tensor: Replica(row) for row in unknown}
         loaded = [row for row in unknown if row.step]
         if loaded:
-            parts = [(row.shard, part) for row in loaded for part in row.window.values()]
+            parts = [(_shard(row), part) for row in loaded for part in row.window.values()]
             for rank, received in self._gather_rows(parts):
                 theirs = iter(received)
                 for row in loaded:
@@ -313,13 +289,13 @@ class Replica:
     """
 
     def __init__(self, row: Rows) -> None:
-        self._shard = row.shard
+        self._shard = _shard(row)
         (own,) = row.shard.spans
         end = own.start + own.numel
         before = ShardSpan(own.fqn, own.global_shape, 0, own.start)
         after = ShardSpan(own.fqn, own.global_shape, end, own.global_numel - end, offset=end)
         self.layout = StateLayout((before, after), row.layout.config)
-        num_rows = row.tensor.shape[0] - _num_rows(row.shard, row.shard.rank)
+        num_rows = row.tensor.shape[0] - _num_rows(self._shard, self._shard.rank)
         self.window = {name: part.new_zeros(num_rows, part.shape[1]) for name, part in row.window.items()}
 
     def row_slice(self, rank: int) -> slice:
@@ -348,20 +324,6 @@ def _slot_columns(layout: StateLayout, window: Mapping[str, Tensor], step: int) 
     }
 
 
-def _replay(rows: Sequence[tuple[Rows, Replica]], replay: Replay) -> None:
-    steps, copies = [], []
-    for row, replica in rows:
-        whole = row.tensor.detach()
-        contiguous = whole.contiguous()
-        steps.append(TensorStep(contiguous, None, replica.window, replica.layout, row.step))
-        if contiguous is not whole:  # not row-major in memory
-            copies.append((whole, contiguous))
-        torch.autograd.graph.increment_version(whole)  # a kernel writes through a pointer
-    replay(steps)
-    for whole, contiguous in copies:
-        whole.copy_(contiguous)
-
-
 def _comm_buckets(rows: Sequence[Rows]) -> Iterator[list[Rows]]:
     """Parameters of one dtype, in order, up to `COMM_BUCKET_NUMEL` together; the same on all ranks."""
     for dtype in dict.fromkeys(row.tensor.dtype for row in rows):
@@ -369,13 +331,18 @@ def _comm_buckets(rows: Sequence[Rows]) -> Iterator[list[Rows]]:
         numel = 0
         for row in rows:
             if row.tensor.dtype == dtype:
-                most = row.shard.rows_of(0).numel()  # no rank has more rows than the first
+                most = _shard(row).rows_of(0).numel()  # no rank has more rows than the first
                 if bucket and numel + most > COMM_BUCKET_NUMEL:
                     yield bucket
                     bucket, numel = [], 0
                 bucket.append(row)
                 numel += most
         yield bucket
+
+
+def _shard(row: Rows) -> ReplicatedShard:
+    assert isinstance(row.shard, ReplicatedShard)  # nothing else is exchanged
+    return row.shard
 
 
 def _flat(shards: Sequence[ReplicatedShard], rank: int) -> Tensor:

@@ -6,9 +6,8 @@
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -17,10 +16,10 @@ from torch import Tensor
 from ..errors import CheckpointMismatchError
 from ..layout import ShardSpan
 from .base import Shard
+from .dtensors import describe, is_dtensor
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.placement_types import Placement
 
 
@@ -37,20 +36,20 @@ class RowShard(Shard):
     placements: tuple[Placement, ...]
 
     @property
-    def may_be_probed(self) -> bool:
-        """`torch.distributed.checkpoint` does; the ranks agree through `groups`."""
-        return True
-
-    @property
     def saved_spans(self) -> tuple[ShardSpan, ...]:
         """A DTensor describes the whole parameter."""
         (span,) = self.spans
-        return (ShardSpan(span.fqn, span.global_shape, start=0, numel=span.global_numel),)
+        return (ShardSpan.whole(span.fqn, span.global_shape),)
 
     @property
     def groups(self) -> list[dist.ProcessGroup]:
         """Those of every axis of the mesh."""
         return [self.mesh.get_group(axis) for axis in range(self.mesh.ndim)]
+
+    @property
+    def has_plain_state(self) -> bool:
+        """It is kept in DTensors."""
+        return False
 
     def is_other_rank_part(self, state: Any) -> bool:
         """A DTensor that was pickled remembers the place of the rank in the mesh."""
@@ -87,17 +86,3 @@ class RowShard(Shard):
                 "Load it with torch.distributed.checkpoint, which reshards."
             )
         return state.to_local()
-
-
-def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
-    """Whether it is a DTensor."""
-    # Importing the module takes a second or more; where nobody has imported it there are no DTensors.
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
-
-
-def describe(tensor: Tensor) -> str:
-    """Shape and distribution, for messages."""
-    if not is_dtensor(tensor):
-        return f"a plain tensor of shape {tuple(tensor.shape)}"
-    return f"a DTensor of shape {tuple(tensor.shape)} with placements {tensor.placements} on {tensor.device_mesh}"

@@ -8,6 +8,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from ..errors import ConfigError
 from ..optimizer import MicroAdam
+from .wrappers import find_microadam
 
 PREFIX = "microadam/"
 
@@ -45,10 +46,8 @@ class MetricsCallback(TrainerCallback):
         control.should_log = should_log
 
     def _optimizer(self) -> MicroAdam:
-        """The one under the wrappers of Accelerate and DeepSpeed."""
-        optimizer: Any = self._trainer.optimizer
-        while not isinstance(optimizer, MicroAdam):
-            if not hasattr(optimizer, "optimizer"):
-                raise ConfigError(f"MetricsCallback logs the metrics of MicroAdam; the optimizer is {type(optimizer)}.")
-            optimizer = optimizer.optimizer
+        optimizer = find_microadam(self._trainer.optimizer)
+        if optimizer is None:
+            got = type(self._trainer.optimizer)
+            raise ConfigError(f"MetricsCallback logs the metrics of MicroAdam; the optimizer is {got}.")
         return optimizer

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointMismatchError
-from ..optimizer import MicroAdam
-from ..sharded_state import load_sharded, save_sharded
+from ..optimizer.sharded_files import load_sharded, save_sharded
+from .wrappers import find_microadam
 
 FOLDER = "microadam_state"
 
@@ -53,7 +53,7 @@ def keep_sharded_state(accelerator: Any) -> None:
     def load(models: Any, input_dir: str) -> None:
         for index, optimizer in enumerate(accelerator._optimizers):
             folder = Path(input_dir, f"{FOLDER}_{index}")
-            microadam = _unwrap(optimizer)
+            microadam = find_microadam(optimizer)
             if microadam is not None and microadam.is_saved_apart and not folder.is_dir():
                 raise CheckpointMismatchError(
                     f"{folder} is not there: the checkpoint was saved without keep_sharded_state(accelerator), and "
@@ -62,23 +62,17 @@ def keep_sharded_state(accelerator: Any) -> None:
             _load(optimizer, folder)
 
     for optimizer in accelerator._optimizers:
-        if (microadam := _unwrap(optimizer)) is not None:
+        if (microadam := find_microadam(optimizer)) is not None:
             microadam.loads_shards_later = True  # under FSDP the hook is called after the optimizer's load_state_dict
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
 
 
 def _save(optimizer: Any, folder: Path) -> None:
-    if (microadam := _unwrap(optimizer)) is not None and microadam.is_saved_apart:
+    if (microadam := find_microadam(optimizer)) is not None and microadam.is_saved_apart:
         save_sharded(microadam, folder)
 
 
 def _load(optimizer: Any, folder: Path) -> None:
-    if (microadam := _unwrap(optimizer)) is not None and folder.is_dir():
+    if (microadam := find_microadam(optimizer)) is not None and folder.is_dir():
         load_sharded(microadam, folder)
-
-
-def _unwrap(optimizer: Any) -> MicroAdam | None:
-    """The optimizer inside an `AcceleratedOptimizer`; None where an engine has one of its own around it."""
-    inner = getattr(optimizer, "optimizer", optimizer)
-    return inner if isinstance(inner, MicroAdam) else None

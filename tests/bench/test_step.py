@@ -13,10 +13,10 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from microadam_dist import MicroAdam
-from microadam_dist._commands import app
 from microadam_dist.backends.cpu import available_isas
 from microadam_dist.bench.measure import peak_extra_bytes
 from microadam_dist.bench.workload import parse_model, parse_numel, parse_setting
+from microadam_dist.cli.app import app
 from microadam_dist.errors import BackendUnavailableError, ConfigError
 
 CPU = torch.device("cpu")

@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from microadam_dist import CheckpointMismatchError, MicroAdamConfig
+from microadam_dist.arithmetic.error_feedback import decode_error
+from microadam_dist.arithmetic.state import allocate_state
+from microadam_dist.arithmetic.window import Slot, decode_slot
 from microadam_dist.backends.base import TensorStep
 from microadam_dist.backends.reference import ReferenceBackend
 from microadam_dist.checkpoint.reshard import Resharder, SourceShard
-from microadam_dist.layout import WINDOW_TENSORS, ShardSpan, StateLayout, zero12_shard
-from microadam_dist.quantization import decode_error
-from microadam_dist.state import allocate_state
-from microadam_dist.window import Slot, decode_slot
+from microadam_dist.engines.cuts import zero12_shard
+from microadam_dist.layout import WINDOW_TENSORS, ShardSpan, StateLayout
 
 SHAPES = {"a": (30, 300), "norm": (300,), "b": (17, 1001), "c": (64, 64)}
 CONFIG = MicroAdamConfig(lr=1e-2, window_size=4, density=0.05, block_size=256)

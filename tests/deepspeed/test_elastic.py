@@ -15,9 +15,9 @@ from torch import Tensor
 
 import microadam_dist
 from microadam_dist import CheckpointMismatchError
+from microadam_dist.arithmetic.state import flatten_state
 from microadam_dist.checkpoint.deepspeed import read_checkpoint
 from microadam_dist.checkpoint.reshard import SourceShard
-from microadam_dist.state import flatten_state
 from tests.checkpoint.test_reshard import assert_same, blocks, dense
 from tests.deepspeed.engines import (
     base_optimizer,

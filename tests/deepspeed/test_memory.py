@@ -9,8 +9,8 @@ import torch
 
 from microadam_dist import MicroAdamConfig
 from microadam_dist.planner.engines import Engine, Precision
-from microadam_dist.planner.memory import RankMemory, rank_memory
 from tests.deepspeed.engines import SETTINGS, base_optimizer, initialize, make_config, make_gradients, make_model, train
+from tests.planner.rank_memory import RankMemory, rank_memory
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.deepspeed

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from microadam_dist import ConfigError, release_gradients
 from microadam_dist.config import MicroAdamConfig
-from microadam_dist.layout import MIN_SAMPLED_BLOCKS, StateLayout, row_shard, zero3_shard, zero12_shard
+from microadam_dist.engines.cuts import row_shard, zero3_shard, zero12_shard
+from microadam_dist.layout import MIN_SAMPLED_BLOCKS, StateLayout
 from tests.kernels.oracle import Block, ScalarMicroAdam
 from tests.unit.training import gradient, make_params, microadam, params_of, snapshot, train
 

@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 from typer.testing import CliRunner, Result
 
 from microadam_dist import ConfigError, MicroAdam
-from microadam_dist._commands import app
+from microadam_dist.cli.app import app
 from microadam_dist.integrations.hf import MetricsCallback
 from tests.launch.test_train import TINY_LLAMA, _train, options
 from tests.ranks import run_ranks

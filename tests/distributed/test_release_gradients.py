@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from microadam_dist import ConfigError, MicroAdam, UnsupportedLayoutError, release_gradients
-from microadam_dist.gradient_release import ReleasedGradient
+from microadam_dist.optimizer.gradient_release import ReleasedGradient
 from tests.ranks import run_ranks
 
 from .models import SETTINGS, assert_same, backward, everything, make_model, make_optimizer, message_of, shard

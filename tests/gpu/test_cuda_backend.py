@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from microadam_dist import MicroAdam
+from microadam_dist.arithmetic.state import allocate_state
 from microadam_dist.backends.base import AutoBackend, TensorStep
 from microadam_dist.backends.cuda import CudaBackend
 from microadam_dist.config import MicroAdamConfig
 from microadam_dist.errors import BackendUnavailableError, ConfigError
 from microadam_dist.layout import ShardSpan, StateLayout
-from microadam_dist.state import allocate_state
 
 from ..kernels.cases import BF16, FP16, FP32, KERNEL_CASES, Case
 from ..kernels.checks import (

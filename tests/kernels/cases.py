@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from microadam_dist.arithmetic.state import allocate_state
 from microadam_dist.backends.base import Backend, TensorStep
 from microadam_dist.config import MicroAdamConfig
 from microadam_dist.layout import WINDOW_TENSORS, ShardSpan, StateLayout
-from microadam_dist.state import allocate_state
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 

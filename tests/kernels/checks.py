@@ -8,11 +8,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from microadam_dist.arithmetic.state import allocate_state
 from microadam_dist.backends.base import Backend, CapturableBackend, DeviceInputs, TensorStep
 from microadam_dist.backends.reference import ReferenceBackend
 from microadam_dist.config import MicroAdamConfig
 from microadam_dist.layout import ShardSpan, StateLayout
-from microadam_dist.state import allocate_state
 
 from .cases import BF16, FP16, FP32, Case, Snapshot, nonfinite, run_case
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from microadam_dist.arithmetic.scalars import StepScalars
 from microadam_dist.backends.cuda_launch import SHAPES, step_factors
 from microadam_dist.config import MAX_BLOCK_SIZE, MicroAdamConfig
-from microadam_dist.scalars import StepScalars
 
 from .cases import BF16, FP16, FP32, KERNEL_CASES, Case, is_replayed, replay_case
 from .checks import (

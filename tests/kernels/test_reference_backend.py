@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from microadam_dist.arithmetic.state import allocate_state
 from microadam_dist.backends.base import TensorStep
 from microadam_dist.backends.reference import ReferenceBackend
-from microadam_dist.state import allocate_state
 
 from .cases import CASES, Case, is_replayed, make_inputs, replay_case, run_case
 from .oracle import ScalarMicroAdam

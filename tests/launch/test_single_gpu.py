@@ -132,7 +132,7 @@ def _train(run: dict[str, Any], shard_size: str = "2GB") -> dict[str, Any]:
     from transformers import Trainer, TrainerCallback
 
     import train
-    from microadam_dist.gradient_release import ReleasedGradient
+    from microadam_dist.optimizer.gradient_release import ReleasedGradient
     from settings import Options
 
     seen: dict[str, Any] = {"alive": [], "saving": []}

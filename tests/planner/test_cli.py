@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from microadam_dist._commands import app
+from microadam_dist.cli.app import app
 from microadam_dist.planner.engines import Engine
 
 TINY = str(Path(__file__).parents[2] / "configs" / "models" / "byte-llama-1m.json")

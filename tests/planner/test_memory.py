@@ -12,8 +12,9 @@ from microadam_dist import ConfigError, MicroAdamConfig
 from microadam_dist.planner.activations import Activations, activations
 from microadam_dist.planner.engines import Dtype, Engine, Precision, rank_shards
 from microadam_dist.planner.gpus import CONTEXT_BYTES, GIB, GPUS, needed_bytes, smallest_gpu
-from microadam_dist.planner.memory import Job, Optimizer, make_plan, rank_memory, state_bytes
+from microadam_dist.planner.memory import Job, Optimizer, make_plan, state_bytes
 from microadam_dist.planner.shapes import LlamaShape, Shapes, numel
+from tests.planner.rank_memory import rank_memory
 
 SHAPE = LlamaShape(hidden=64, intermediate=128, num_layers=1, vocab=100, num_heads=2, num_kv_heads=1, head_dim=32)
 CONFIG = MicroAdamConfig(window_size=2, density=0.05, block_size=64, bucket_size=32)

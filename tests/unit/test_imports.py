@@ -1,10 +1,13 @@
-"""Who may import whom (architecture.md), read from the source; and `import microadam_dist` needs torch alone."""
+"""Who may import whom: the table in CONTRIBUTING.md against the source; `import microadam_dist` needs torch alone."""
 
 import ast
+import functools
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,62 +16,32 @@ import pytest
 import microadam_dist
 
 PACKAGE = Path(microadam_dist.__file__).parent
+CONTRIBUTING = Path(__file__).parents[2] / "CONTRIBUTING.md"
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").removesuffix("."): path
     for path in sorted(PACKAGE.rglob("*.py"))
 }  # "" is the package itself, "backends" is backends/__init__.py
 
-# Module -> modules of the package it may import. The first pattern that matches a module counts; a new module needs
-# a line here. `CORE` computes everything that can be computed without torch.
-CORE = "errors config layout scalars"
-ALLOWED = {
-    "errors": "",
-    "config": CORE,
-    "layout": CORE,
-    "scalars": CORE,
-    "planner*": f"{CORE} planner*",
-    "window": "",
-    "state": f"{CORE} window",
-    "quantization": f"{CORE} state",
-    "algorithm": f"{CORE} state quantization window",
-    "backends.reference": f"{CORE} state algorithm backends.base",
-    "backends*": f"{CORE} state backends*",
-    "engines.base": "errors layout",
-    "engines.deepspeed": "errors layout engines.base engines.deepspeed_sparse",
-    "engines.deepspeed_sparse": "errors engines.changes",
-    "engines.dtensor": "errors layout engines.base engines.rows",
-    "engines.ddp": "errors layout engines.base engines.rows",
-    "engines.row_exchange": f"{CORE} backends.base engines.base engines.changes engines.ddp",
-    "engines*": "errors layout engines.base",
-    "checkpoint*": f"{CORE} state quantization window checkpoint*",
-    "diagnostics.metrics": f"{CORE} state algorithm window backends.base",
-    "diagnostics*": f"{CORE} state quantization backends* diagnostics*",
-    "bench*": f"{CORE} planner* backends.cpu optimizer diagnostics* bench*",
-    "nonfinite": "",
-    "sharded_optimizer": f"{CORE} state engines.base checkpoint.format checkpoint.match",
-    "optimizer": f"{CORE} state backends.base engines.base diagnostics.metrics nonfinite sharded_optimizer",
-    "cli": "_commands",
-    "_commands": f"{CORE} planner* checkpoint* diagnostics* bench.commands",
-    "gradient_release": "errors engines.base optimizer",
-    "integrations*": "*",
-    "sharded_state": f"{CORE} engines.base optimizer checkpoint.dcp",
-    "deepspeed": "*",
-    "": "*",
-}
+# Room, or one file of it -> rooms, or files of them, it may import beside its own; the root imports them all.
+TABLE = re.findall(r"^\| `([a-z.]+)` \|[^|]*\|([^|]*)\|$", CONTRIBUTING.read_text(), flags=re.MULTILINE)
+ALLOWED = {room: {name.strip() for name in names.split(",")} for room, names in TABLE}
+MAX_ROOM_ARROWS = 60
 
 # What else may be imported, beside torch and the standard library: only inside functions, or anywhere in modules that
 # are imported lazily themselves.
-PLANNER = "planner planner.activations planner.engines planner.gpus planner.memory planner.shapes"
-STANDARD_LIBRARY_ONLY = f"{CORE} {PLANNER} cli"
+STANDARD_LIBRARY_ONLY = (
+    "errors config layout layout.* arithmetic arithmetic.scalars engines engines.cuts cli planner planner.activations "
+    "planner.engines planner.gpus planner.memory planner.shapes"
+)
 TORCH_DISTRIBUTED = "engines* checkpoint* diagnostics*"
 ANYWHERE = {
-    **dict.fromkeys(("typer", "rich"), "_commands planner.cli bench.commands"),
+    **dict.fromkeys(("typer", "rich"), "cli.app cli.plan cli.bench"),
     "transformers": "integrations.hf",
 }
 LAZILY = {
     "deepspeed": "engines.deepspeed* checkpoint.deepspeed deepspeed",
     "accelerate": "integrations.*",
-    "huggingface_hub": "planner.cli",
+    "huggingface_hub": "cli.plan",
     "matplotlib": "planner.plot bench.plot diagnostics.report",
     "cuda": "backends.cuda backends.nvrtc",
     "numpy": "backends.cuda backends.cpu",
@@ -85,7 +58,8 @@ class Import(NamedTuple):
     line: int
 
 
-def imports_of(module: str) -> Iterator[Import]:
+@functools.cache
+def imports_of(module: str) -> list[Import]:
     path = MODULES[module]
     package = ["microadam_dist", *path.relative_to(PACKAGE).parent.parts]
 
@@ -104,14 +78,19 @@ def imports_of(module: str) -> Iterator[Import]:
         for child in ast.iter_child_nodes(node):
             yield from visit(child, is_lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
 
-    yield from visit(ast.parse(path.read_text()), is_lazy=False)
+    return list(visit(ast.parse(path.read_text()), is_lazy=False))
+
+
+def room_of(module: str) -> str:
+    return module.partition(".")[0]
 
 
 def is_allowed(module: str, imported: Import) -> bool:
     top = imported.name.split(".")[0]
     if top == "microadam_dist":
-        patterns = next(patterns for pattern, patterns in ALLOWED.items() if fnmatchcase(module, pattern))
-        return matches(imported.name.removeprefix("microadam_dist").removeprefix("."), patterns)
+        target = imported.name.removeprefix("microadam_dist").removeprefix(".")
+        allowed = ALLOWED.get(module, ALLOWED[room_of(module)] | {room_of(module)})
+        return bool({target, room_of(target)} & allowed)
     if top in sys.stdlib_module_names:
         return True
     if matches(module, STANDARD_LIBRARY_ONLY):
@@ -122,11 +101,51 @@ def is_allowed(module: str, imported: Import) -> bool:
     return matches(module, ANYWHERE.get(top, "")) or (imported.is_lazy and matches(module, LAZILY.get(top, "")))
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda module: module or "microadam_dist")
+@pytest.mark.parametrize("module", [module for module in MODULES if module])
 def test_module_imports_only_what_it_may(module: str) -> None:
-    assert any(fnmatchcase(module, pattern) for pattern in ALLOWED), f"add a rule for {module}"
+    assert room_of(module) in ALLOWED, f"add a line for the room {room_of(module)} to the table in CONTRIBUTING.md"
     wrong = [f"line {i.line}: {i.name}" for i in imports_of(module) if not is_allowed(module, i)]
     assert not wrong
+
+
+def arrows(name_of: Callable[[str], str]) -> dict[str, set[str]]:
+    """Who imports whom among what ``name_of`` makes of the modules."""
+    graph: dict[str, set[str]] = {name_of(module): set() for module in MODULES}
+    for module in MODULES:
+        for imported in imports_of(module):
+            package, _, target = imported.name.partition(".")
+            if package == "microadam_dist" and name_of(target) != name_of(module):
+                graph[name_of(module)].add(name_of(target))
+    return graph
+
+
+def test_imports_have_no_cycle() -> None:
+    for name_of in (room_of, str):
+        TopologicalSorter(arrows(name_of)).prepare()  # raises and names the cycle
+
+
+def test_adapters_do_not_know_each_other() -> None:
+    adapters = {f"engines.{name}" for name in ("deepspeed", "fsdp1", "fsdp2", "local", "replicated")}
+    files = arrows(str)
+    assert adapters < files["engines.find"]
+    assert not any(files[adapter] & adapters for adapter in adapters)
+
+
+def test_arrows_between_rooms_are_few() -> None:
+    num_arrows = sum(map(len, arrows(room_of).values()))
+    print(f"{num_arrows} arrows between rooms")
+    assert num_arrows <= MAX_ROOM_ARROWS
+
+
+def test_table_names_what_is_there() -> None:
+    """A rule for a room that is gone, or for an import that nobody needs, is in the way."""
+    rooms = {room_of(module) for module in MODULES} - {""}
+    assert rooms <= ALLOWED.keys() <= {*MODULES}
+    files = arrows(str)
+    for room, names in ALLOWED.items():
+        modules = [module for module in MODULES if room in (module, room_of(module))]
+        imported = {target for module in modules for target in files[module]}
+        assert names - {""} <= imported | {room_of(target) for target in imported}, room
 
 
 def test_the_reader_sees_every_kind_of_import() -> None:

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from microadam_dist import MicroAdam
+from microadam_dist.arithmetic.blocks import block_views
+from microadam_dist.arithmetic.state import allocate_state, state_specs
 from microadam_dist.config import MicroAdamConfig
 from microadam_dist.errors import UnsupportedLayoutError
 from microadam_dist.layout import DTYPE_BYTES, BlockGrid, BlockRun, Extent, ShardSpan, StateLayout, StateSize
-from microadam_dist.state import allocate_state, block_views, state_specs
 
 
 def whole(*shape: int, offset: int = 0) -> ShardSpan:

@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
+from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
-from .backends.base import CapturableBackend, DeviceInputs, TensorStep, select_backend
-from .config import SETTING_NAMES, STRUCTURAL_SETTINGS, MicroAdamConfig, reject_unknown_settings
-from .diagnostics.metrics import Meter
-from .engines.base import (
-    ExchangedBytes,
-    NamedParameter,
-    any_rank,
-    engines,
-    row_exchange,
-)
-from .errors import ConfigError, MicroAdamError, UnsupportedLayoutError
-from .layout import StateLayout
+from ..backends.base import CapturableBackend, DeviceInputs, TensorStep, select_backend
+from ..config import SETTING_NAMES, MicroAdamConfig, reject_unknown_settings
+from ..diagnostics.metrics import Meter
+from ..engines.base import ExchangedBytes, ExchangeSettings, Replayed, Rows, Shard
+from ..engines.collectives import any_rank
+from ..engines.find import introduce
+from ..engines.names import ParameterNames
+from ..engines.row_exchange import make_exchange
+from ..errors import ConfigError, MicroAdamError
+from ..layout import StateLayout
 from .nonfinite import NonfiniteCounter
-from .sharded_optimizer import ShardedOptimizer
-from .state import allocate_state
+from .sharded_state import ShardedState, StateBytes
 
 _PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class MicroAdam(ShardedOptimizer):
+class MicroAdam(Optimizer):
     """Adam with 0.56 bytes of state a parameter.
 
     Keeps a 4-bit error feedback and a window of the last sparse Top-K gradients, from which the moments are recomputed
@@ -66,6 +64,7 @@ class MicroAdam(ShardedOptimizer):
 
     # GradScaler hands over its scale and overflow flag instead of rewriting the gradients.
     _step_supports_amp_scaling = True
+    _is_constructed = False  # torch's constructor adds the first groups
 
     def __init__(
         self,
@@ -103,25 +102,28 @@ class MicroAdam(ShardedOptimizer):
             "packed_window": packed_window,
         }
         defaults = _with_numbers(defaults, MicroAdamConfig.from_dict(defaults))
-        for name, flag in (("sparse_allgather", sparse_allgather), ("capturable", capturable)):
-            if not isinstance(flag, bool):
-                raise ConfigError(f"{name}={flag!r}: expected true or false.")
+        if not isinstance(capturable, bool):
+            raise ConfigError(f"capturable={capturable!r}: expected true or false.")
+        self.exchange_settings = ExchangeSettings(sparse_allgather, shard_state, weight_exchange)
         if capturable and backend not in ("auto", "cuda"):
             raise ConfigError(f'capturable=True with backend={backend!r}: only backend="cuda" can be captured.')
-        self.sparse_allgather = sparse_allgather
-        self.capturable = capturable
-        self.exchanged_bytes = ExchangedBytes()
-        if capturable and shard_state:
+        if capturable and self.exchange_settings.shards_state:
             raise ConfigError("capturable=True with shard_state: the exchange of weights cannot be captured.")
         if capturable and metrics_every:
             raise ConfigError("capturable=True with metrics_every: what is measured is read on the host.")
-        self._meter = Meter(metrics_every) if metrics_every else None
+        super().__init__(params, defaults)
+        self.capturable = capturable
+        self.exchanged_bytes = ExchangedBytes()
         self._backend = select_backend("cuda" if capturable else backend)
+        self._exchange = make_exchange(self.exchange_settings, self.exchanged_bytes)
+        self._sharded = ShardedState(self._exchange, counts_on_device=capturable)
+        self._sharded.bind(self)
+        self._meter = Meter(metrics_every) if metrics_every else None
         self._nonfinite = NonfiniteCounter()
-        exchange = row_exchange(shard_state, weight_exchange, self.exchanged_bytes)
-        super().__init__(params, defaults, exchange=exchange, counts_on_device=capturable)
-        for engine in engines():
-            engine.whitelist(type(self))
+        for group in self.param_groups:
+            self._adopt(group)
+        self._is_constructed = True
+        introduce(type(self))
 
     @staticmethod
     def paper_defaults() -> dict[str, Any]:
@@ -138,20 +140,29 @@ class MicroAdam(ShardedOptimizer):
         reject_unknown_settings(keys, misspelled_only=True)
         config = MicroAdamConfig.from_dict({**self.defaults, **param_group})
         super().add_param_group(_with_numbers(param_group, config))
-        group = self.param_groups[-1]
-        first = sum(len(members) for members in self._constructed)
-        names = group.get("param_names") or [str(first + i) for i in range(len(group["params"]))]
-        try:
-            for name, param in zip(names, group["params"], strict=True):
-                if param.dtype not in _PARAM_DTYPES:
-                    raise ConfigError(f"parameter {name!r} is {param.dtype}; MicroAdam trains fp32, bf16, fp16.")
-                self._backend.check(config, param.device)
-            if self._exchange is not None:
-                self._exchange.check(config)
-        except MicroAdamError:
-            self.param_groups.pop()
-            raise
-        self._constructed.append([NamedParameter.of(*pair) for pair in zip(names, group["params"], strict=True)])
+        if self._is_constructed:
+            try:
+                self._adopt(self.param_groups[-1])
+            except MicroAdamError:
+                self.param_groups.pop()
+                raise
+
+    def _adopt(self, group: Mapping[str, Any]) -> None:
+        """Check a new param group, and remember what its parameters are called."""
+        config, params = MicroAdamConfig.from_dict(group), group["params"]
+        first = sum(map(len, self.names.groups))
+        names = group.get("param_names") or [str(first + i) for i in range(len(params))]
+        for name, param in zip(names, params, strict=True):
+            if param.dtype not in _PARAM_DTYPES:
+                raise ConfigError(f"parameter {name!r} is {param.dtype}; MicroAdam trains fp32, bf16, fp16.")
+            self._backend.check(config, param.device)
+        if self._exchange is not None:
+            self._exchange.check(config)
+        self.names.add_group(names, params)
+
+    def state_bytes(self) -> StateBytes:
+        """State this rank holds now, as allocated (step counters not counted)."""
+        return self._sharded.state_bytes()
 
     @property
     def num_nonfinite_blocks(self) -> int:
@@ -170,6 +181,8 @@ class MicroAdam(ShardedOptimizer):
         The same on all ranks that share the parameters. A new dictionary for each such step, empty before the first.
         """
         return {} if self._meter is None else self._meter.metrics
+
+    # ---------------------------------------------------------------- the step
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -249,91 +262,152 @@ class MicroAdam(ShardedOptimizer):
         update = functools.partial(self._update, config=config, inputs=inputs)
         if self._exchange is None:
             return update(members)
-        shared = [p for p in members if self._shards[p].groups]
-        rows = [(self._shards[p], self._layouts[p], self._local_state(p), int(self.state[p]["step"])) for p in shared]
-        replay = functools.partial(self._backend.step, config=config, grad_scale=1.0)
-        num_skipped: int | Tensor = self._exchange.step(rows, config, update, replay)
-        return num_skipped + update([p for p in members if not self._shards[p].groups])
+        exchanged, own = [], []
+        for p in members:
+            shard = self._sharded.shard(p)
+            if shard.is_exchanged:
+                state = self._sharded.local(p)
+                exchanged.append(Rows(shard, self._sharded.layout(p), state, int(state["step"])))
+            else:
+                own.append(p)
+        replay = functools.partial(self._replay, config=config)
+        return self._exchange.step(exchanged, config, update, replay) + update(own)
 
     def _update(self, members: Sequence[Tensor], config: MicroAdamConfig, inputs: float | DeviceInputs) -> int | Tensor:
         """Step this rank's part of these tensors; returns the number of skipped blocks."""
-        self._has_loaded_shards = False
-        shards = [self._shards[p] for p in members]
-        params = [shard.param for shard in shards]
-        states = [self._unwrapped_state(p, shard) for p, shard in zip(members, shards, strict=True)]
-        counters = [state["step"] for state in states]
-        fields = (
-            [param.contiguous() for param in params],
-            [shard.grad.contiguous() for shard in shards],
-            states,
-            [self._layouts[p] for p in members],
-            [0 if self.capturable else int(counter) for counter in counters],
-            [None] * len(members),  # no second output
-            counters,
-        )
-        steps = [TensorStep(*row) for row in zip(*fields, strict=True)]
-        if self._meter is not None and not isinstance(inputs, DeviceInputs) and self._meter.is_due(self.param_groups):
-            sharding_groups = [shard.sharding_group for shard in shards]
-            self._meter.measure(zip(steps, sharding_groups, strict=True), config, inputs)
-        if isinstance(inputs, DeviceInputs):
-            assert isinstance(self._backend, CapturableBackend)
-            num_skipped = self._backend.step_on_device(steps, config, inputs)
-        else:
-            num_skipped = self._backend.step(steps, config, inputs)
-        for param, step in zip(params, steps, strict=True):
-            if step.param is not param:  # not row-major in memory
-                param.copy_(step.param)
-        # A kernel writes through a pointer; a backward pass that still needs the old values must notice.
-        torch.autograd.graph.increment_version([step.param for step in steps])
-        return num_skipped
+        self._sharded.note_step()
+        shards = [self._sharded.shard(p) for p in members]
+        states = [self._sharded.local(p) for p in members]
+        with _row_major([shard.param for shard in shards]) as params:
+            steps = [
+                TensorStep(
+                    param,
+                    shard.grad.contiguous(),
+                    state,
+                    self._sharded.layout(p),
+                    0 if self.capturable else int(state["step"]),
+                    counter=state["step"],
+                )
+                for p, param, shard, state in zip(members, params, shards, states, strict=True)
+            ]
+            if isinstance(inputs, DeviceInputs):
+                assert isinstance(self._backend, CapturableBackend)
+                return self._backend.step_on_device(steps, config, inputs)
+            if self._meter is not None and self._meter.is_due(self.param_groups):
+                sharding_groups = [shard.sharding_group for shard in shards]
+                self._meter.measure(zip(steps, sharding_groups, strict=True), config, inputs)
+            return self._backend.step(steps, config, inputs)
+
+    def _replay(self, parts: Sequence[Replayed], config: MicroAdamConfig) -> None:
+        """Update weights from windows that other ranks have filled."""
+        with _row_major([part.weights.detach() for part in parts]) as params:
+            steps = [
+                TensorStep(param, None, part.window, part.layout, part.step)
+                for param, part in zip(params, parts, strict=True)
+            ]
+            self._backend.step(steps, config, 1.0)
 
     def _prepare(self, groups: Sequence[tuple[MicroAdamConfig, Sequence[Tensor]]]) -> bool:
         """Make state where there is none, unless something is not supported; returns whether there was none at all."""
-        is_first_call = not any(self.state.get(p) for p in self._layouts)  # state may have been cleared
-        without_state = [p for _, members in groups for p in members if not self.state.get(p)]
-        for p in without_state:
-            self._layouts.pop(p, None)
-        layouts = self._find_layouts(without_state)
+        was_empty = self._sharded.is_empty
+        new = self._sharded.find_new(p for _, members in groups for p in members)
         for config, members in groups:
-            self._require_supported(members, config, {**self._layouts, **layouts} if layouts else self._layouts)
-        for p, layout in layouts.items():
+            self._sharded.require_unchanged(members, config, new)
+        for p, layout in new.items():
             self._backend.check(layout.config, p.device)
-        for p, layout in layouts.items():
-            step = torch.zeros((), dtype=torch.int64, device=self._step_device(p))
-            self._set_state(p, layout, {"step": step, **allocate_state(layout, p.device)})
-        return is_first_call
+        self._sharded.allocate(new)
+        return was_empty
 
     def _is_probe(self, tensors: Sequence[Tensor]) -> bool:
         """Whether a first call is made only to see the state: all gradients are zero, on all ranks that must agree."""
         # A rank that has nothing to step answers others that have.
-        shards = [self._shards[p] for p in tensors] or list(self.shards().values())
+        shards = [self._sharded.shard(p) for p in tensors] or list(self.shards().values())
         if not all(shard.may_be_probed for shard in shards):
             return False
         # The number of nonzero elements, without a temporary tensor (`any` makes one of bools).
-        grads = [self._shards[p].grad for p in tensors]
-        return not any_rank(any(bool(torch.linalg.vector_norm(grad, 0)) for grad in grads), shards)
+        grads = [self._sharded.shard(p).grad for p in tensors]
+        is_nonzero = any(bool(torch.linalg.vector_norm(grad, 0)) for grad in grads)
+        return not any_rank(is_nonzero, (group for shard in shards for group in shard.groups))
 
-    def _require_supported(
-        self, members: Sequence[Tensor], config: MicroAdamConfig, layouts: Mapping[Tensor, StateLayout]
-    ) -> None:
-        """The gradients can be used, and the settings and the shapes are those that state is laid out for."""
-        unchanged = None
-        for p in members:
-            shard, made_for = self._shards[p], layouts[p].config
-            for name in STRUCTURAL_SETTINGS if made_for is not unchanged else ():
-                if getattr(config, name) != getattr(made_for, name):
-                    raise ConfigError(
-                        f"{name}={getattr(config, name)!r}: the state of parameter {shard.name!r} was made with "
-                        f"{getattr(made_for, name)!r}. It cannot change once state exists; set it back, or "
-                        "construct a new optimizer."
-                    )
-            unchanged = made_for
-            if shard.param.shape != shard.local_shape:
-                raise UnsupportedLayoutError(
-                    f"parameter {shard.name!r} has shape {tuple(shard.param.shape)} now, its state was made for "
-                    f"{shard.local_shape}. Construct a new optimizer after changing a parameter's shape."
-                )
-            _ = shard.grad  # raises if it cannot be used
+    # ---------------------------------------------------------------- saving and loading
+
+    def state_dict(self) -> StateDict:
+        """The state as torch's optimizers give it, and what it describes; see `ShardedState.describe`."""
+        state_dict = super().state_dict()
+        self._sharded.describe(state_dict)
+        return state_dict
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Load a state dict bit for bit; state belongs to parameters by position, whatever their keys.
+
+        Raises:
+            CheckpointMismatchError: The state does not fit. The optimizer is left as it was.
+        """
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = pre_hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        if self._sharded.load(state_dict):
+            for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+                post_hook(self)
+
+    @property
+    def names(self) -> ParameterNames:
+        """What the parameters are called."""
+        return self._sharded.names
+
+    @property
+    def is_saved_apart(self) -> bool:
+        """See `ShardedState.is_saved_apart`."""
+        return self._sharded.is_saved_apart
+
+    @property
+    def loads_shards_later(self) -> bool:
+        """See `ShardedState`."""
+        return self._sharded.loads_shards_later
+
+    @loads_shards_later.setter
+    def loads_shards_later(self, value: bool) -> None:
+        self._sharded.loads_shards_later = value
+
+    def layouts(self) -> dict[Tensor, StateLayout]:
+        """What each tensor in the param groups holds, whether it has state yet or not."""
+        return self._sharded.layouts()
+
+    def shards(self) -> dict[Tensor, Shard]:
+        """How the data of each tensor in the param groups is reached."""
+        return self._sharded.shards()
+
+    def flat_state(self, p: Tensor) -> dict[str, Tensor] | None:
+        """See `ShardedState.flat_state`."""
+        return self._sharded.flat_state(p)
+
+    def load_shards(self, states: Mapping[Tensor, Mapping[str, Tensor] | None]) -> None:
+        """See `ShardedState.load_shards`."""
+        self._sharded.load_shards(states)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The base class leaves out its hooks, and everything it does not know.
+        hooks = {name for name in self.__dict__ if name.startswith("_optimizer_")}
+        own = {name: value for name, value in self.__dict__.items() if name not in hooks}
+        return {**own, **super().__getstate__()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._sharded.bind(self)
+
+
+@contextlib.contextmanager
+def _row_major(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors, or contiguous copies that are written back at the end, to be written through pointers."""
+    contiguous = [tensor.contiguous() for tensor in tensors]
+    yield contiguous
+    for tensor, written in zip(tensors, contiguous, strict=True):
+        if written is not tensor:
+            tensor.copy_(written)
+    # A backward pass that still needs the old values must notice.
+    torch.autograd.graph.increment_version(contiguous)
 
 
 def _with_numbers(settings: Mapping[str, Any], config: MicroAdamConfig) -> dict[str, Any]:

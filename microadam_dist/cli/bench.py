@@ -22,12 +22,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from ..backends.cpu import CpuBackend
+from ..bench.contenders import BASELINE, Comparison, free_bytes, make_contenders, needed_bytes
+from ..bench.measure import Row, describe, measure, num_steps
+from ..bench.plot import plot
+from ..bench.workload import Workload, parse_dtype, parse_model, parse_numel, parse_setting
 from ..diagnostics.environment import versions
 from ..errors import BackendUnavailableError, ConfigError, MicroAdamError
-from .contenders import BASELINE, Comparison, free_bytes, make_contenders, needed_bytes
-from .measure import Row, describe, measure, num_steps
-from .plot import plot
-from .workload import Workload, parse_dtype, parse_model, parse_numel, parse_setting
 
 app = typer.Typer(no_args_is_help=True, help="Optimizer steps side by side in one process.")
 console = Console(stderr=True)

@@ -10,27 +10,25 @@ from torch import Tensor
 
 from ..errors import UnsupportedLayoutError
 from ..layout import ShardSpan, row_share
-from .base import Shard, Slot
-from .rows import RowShard, describe, is_dtensor
+from .base import Place, Shard
+from .dtensors import describe, is_dtensor
+from .rows import RowShard
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
-def find_shard(slot: Slot) -> Shard | None:
+def find_shard(place: Place) -> Shard | None:
     """One span of whole rows of the global shape."""
-    tensor = slot.tensor
+    tensor = place.tensor
     if not is_dtensor(tensor):
         return None
-    fqn, shape = _name(slot), tuple(tensor.shape)
+    fqn, shape = _name(place), tuple(tensor.shape)
+    place.refuse_shard_state(fqn)
     first, end = _rows(fqn, tensor)
     row_numel = math.prod(shape[1:])
     span = ShardSpan(fqn, shape, first * row_numel, (end - first) * row_numel)
     return DTensorShard(tensor, (span,), tensor.device_mesh, tensor.placements)
-
-
-def whitelist(optimizer_class: type) -> None:
-    """Nothing to do."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,19 +83,17 @@ def _rows(fqn: str, param: DTensor) -> tuple[int, int]:
     return first, end
 
 
-def _name(slot: Slot) -> str:
+def _name(place: Place) -> str:
     """The name the constructor was given; for a parameter that was sharded afterwards (Accelerate) by its position."""
-    for group in slot.constructed:
-        for named in group:
-            if named.param is slot.tensor:
-                return named.fqn
-    group = slot.constructed[slot.group]
-    if len(group) == slot.group_size and group[slot.position].shape == tuple(slot.tensor.shape):
-        return group[slot.position].fqn
+    named, group = place.names.find(place.tensor), place.names.groups[place.group]
+    if named is not None:
+        return named.fqn
+    if len(group) == place.group_size and group[place.position].shape == tuple(place.tensor.shape):
+        return group[place.position].fqn
     raise UnsupportedLayoutError(
-        f"param group {slot.group} holds, at position {slot.position}, a DTensor of shape {tuple(slot.tensor.shape)} "
-        "that is not the parameter MicroAdam was constructed with there. Construct it after fully_shard, or let "
-        "Accelerate prepare model and optimizer in one call."
+        f"param group {place.group} holds, at position {place.position}, a DTensor of shape "
+        f"{tuple(place.tensor.shape)} that is not the parameter MicroAdam was constructed with there. Construct it "
+        "after fully_shard, or let Accelerate prepare model and optimizer in one call."
     )
 
 

@@ -1,8 +1,9 @@
-"""The half of `MicroAdam` that knows what its tensors hold, and keeps, saves and loads their state."""
+"""What the tensors of an optimizer hold, and their state: found, kept, saved and loaded."""
 
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -10,15 +11,18 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT, StateDict
+from torch.optim.optimizer import Optimizer, StateDict
 
-from .checkpoint.format import APART, APART_KEY, LAYOUT_KEY, describe_layouts, read_layouts
-from .checkpoint.match import match_groups, match_names, match_spans, match_tensors, state_dict_parts
-from .config import MicroAdamConfig
-from .engines.base import NamedParameter, Shard, Slot, find_shard, process_rank
-from .errors import CheckpointMismatchError
-from .layout import DENSE_TENSORS, StateLayout
-from .state import flatten_state, shape_state
+from ..arithmetic.state import allocate_state, flatten_state, shape_state
+from ..checkpoint.format import APART, APART_KEY, LAYOUT_KEY, describe_layouts, read_layouts
+from ..checkpoint.match import match_groups, match_names, match_spans, match_tensors, state_dict_parts
+from ..config import MicroAdamConfig, structural_difference
+from ..engines.base import Place, Shard, WeightExchange
+from ..engines.collectives import process_rank
+from ..engines.find import find_shard
+from ..engines.names import ParameterNames
+from ..errors import CheckpointMismatchError, ConfigError, UnsupportedLayoutError
+from ..layout import DENSE_TENSORS, StateLayout
 
 
 class StateBytes(NamedTuple):
@@ -30,37 +34,51 @@ class StateBytes(NamedTuple):
     dense_bytes: int
 
 
-class ShardedOptimizer(Optimizer):
+class ShardedState:
     """State of parameters that an engine may have sharded.
 
+    The tensors are in the ``state`` of the optimizer, where torch and engines look for them; here is what they mean.
+
     Args:
-        params, defaults: See `torch.optim.Optimizer`.
-        exchange: See `engines.base.row_exchange`.
+        exchange: How ranks pass new weights on that share the state of replicated parameters.
         counts_on_device: Whether steps are counted where the parameters are.
+
+    Attributes:
+        names: What the parameters are called.
+        loads_shards_later: Whether `load_shards` follows `load_state_dict`; set by who will call it.
     """
 
-    def __init__(self, params: ParamsT, defaults: dict[str, Any], *, exchange: Any, counts_on_device: bool) -> None:
-        self._constructed: list[list[NamedParameter]] = []
+    def __init__(self, exchange: WeightExchange | None, *, counts_on_device: bool) -> None:
+        self.names = ParameterNames()
+        self.loads_shards_later = False
         self._shards: dict[Tensor, Shard] = {}  # how the data of a tensor is reached; found with its layout
         self._layouts: dict[Tensor, StateLayout] = {}
         self._exchange = exchange
         self._counts_on_device = counts_on_device
         self._has_loaded_shards = False  # and has not stepped since
-        self.loads_shards_later = False  # set by who calls load_sharded after load_state_dict
-        super().__init__(params, defaults)
 
-    def name_parameters(self, names: Mapping[Tensor, str]) -> None:
-        """Give parameters the names they have in the model, for checkpoints; parameters not in ``names`` keep theirs.
+    def bind(self, optimizer: Optimizer) -> None:
+        """Whose state it is; weakly, so that its memory is free as soon as the optimizer is dropped."""
+        self._optimizer = weakref.ref(optimizer)
 
-        DeepSpeed constructs an optimizer from unnamed parameters; its adapter calls this.
-        """
-        for group in self._constructed:
-            group[:] = [replace(named, fqn=names.get(named.param, named.fqn)) for named in group]
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_optimizer"}
 
     @property
-    def shards_state(self) -> bool:
-        """Whether the state of replicated parameters is shared by several ranks (``shard_state``)."""
-        return self._exchange is not None
+    def _groups(self) -> list[dict[str, Any]]:
+        optimizer = self._optimizer()
+        assert optimizer is not None  # it owns this
+        return optimizer.param_groups
+
+    @property
+    def _state(self) -> dict[Tensor, Any]:
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        return optimizer.state
+
+    @property
+    def _tensors(self) -> list[Tensor]:
+        return list(chain.from_iterable(group["params"] for group in self._groups))
 
     @property
     def is_saved_apart(self) -> bool:
@@ -68,15 +86,16 @@ class ShardedOptimizer(Optimizer):
 
         They save a state dict without room for the state, and one of one rank.
         """
-        return self.shards_state or any(shard.is_saved_apart for shard in self.shards().values())
+        return self._exchange is not None or any(shard.is_saved_apart for shard in self.shards().values())
 
     def state_bytes(self) -> StateBytes:
-        """State this rank holds now, as allocated (step counters not counted)."""
+        """See `MicroAdam.state_bytes`."""
         totals = [0, 0, 0, 0]
         for tensor, layout in self._layouts.items():
-            if not self.state.get(tensor):
+            if not self._state.get(tensor):
                 continue
-            nbytes = {name: state.nbytes for name, state in self._local_state(tensor).items()}
+            local = self.local(tensor)
+            nbytes = {name: local[name].nbytes for name in layout.tensors}
             dense = sum(nbytes.get(name, 0) for name in DENSE_TENSORS)
             parts = (layout.sparse_numel, sum(nbytes.values()) - dense, layout.dense_numel, dense)
             totals = [total + part for total, part in zip(totals, parts, strict=True)]
@@ -84,11 +103,77 @@ class ShardedOptimizer(Optimizer):
             totals[1] += self._exchange.replica_bytes
         return StateBytes(*totals)
 
+    # ---------------------------------------------------------------- for a step
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no parameter has state; it may have been cleared."""
+        return not any(self._state.get(p) for p in self._layouts)
+
+    def find_new(self, tensors: Iterable[Tensor]) -> dict[Tensor, StateLayout]:
+        """Layouts for those of the tensors that have no state."""
+        without_state = [p for p in tensors if not self._state.get(p)]
+        for p in without_state:
+            self._layouts.pop(p, None)
+        return self._find_layouts(without_state)
+
+    def require_unchanged(
+        self, members: Sequence[Tensor], config: MicroAdamConfig, new: Mapping[Tensor, StateLayout]
+    ) -> None:
+        """The gradients can be used, and the settings and the shapes are those that state is laid out for.
+
+        Raises:
+            ConfigError: A structural setting has changed.
+            UnsupportedLayoutError: A shape has changed, or a gradient cannot be used.
+        """
+        checked = None
+        for p in members:
+            shard, made_for = self._shards[p], (new.get(p) or self._layouts[p]).config
+            if made_for is not checked and (name := structural_difference(config.structural, made_for.structural)):
+                raise ConfigError(
+                    f"{name}={getattr(config, name)!r}: the state of parameter {shard.name!r} was made with "
+                    f"{getattr(made_for, name)!r}. It cannot change once state exists; set it back, or construct a new "
+                    "optimizer."
+                )
+            checked = made_for
+            if shard.param.shape != shard.local_shape:
+                raise UnsupportedLayoutError(
+                    f"parameter {shard.name!r} has shape {tuple(shard.param.shape)} now, its state was made for "
+                    f"{shard.local_shape}. Construct a new optimizer after changing a parameter's shape."
+                )
+            _ = shard.grad  # raises if it cannot be used
+
+    def allocate(self, layouts: Mapping[Tensor, StateLayout]) -> None:
+        """Zero state for tensors that have none."""
+        for p, layout in layouts.items():
+            step = torch.zeros((), dtype=torch.int64, device=self._step_device(p))
+            self._set_state(p, layout, {"step": step, **allocate_state(layout, p.device)})
+
+    def shard(self, p: Tensor) -> Shard:
+        """How the data of a tensor that has a layout is reached."""
+        return self._shards[p]
+
+    def layout(self, p: Tensor) -> StateLayout:
+        """What a tensor that has state holds."""
+        return self._layouts[p]
+
+    def local(self, p: Tensor) -> Mapping[str, Tensor]:
+        """This rank's part of the state tensors of ``p``, and ``step``; not copies."""
+        state: dict[str, Tensor] = self._state[p]
+        shard = self._shards[p]
+        if shard.has_plain_state:  # a dictionary per tensor and step is work for the collector
+            return state
+        return {"step": state["step"], **{name: shard.unwrap(state[name]) for name in self._layouts[p].tensors}}
+
+    def note_step(self) -> None:
+        """The state is about to change."""
+        self._has_loaded_shards = False
+
     # ---------------------------------------------------------------- shards, for checkpoint adapters
 
     def layouts(self) -> dict[Tensor, StateLayout]:
         """What each tensor in the param groups holds, whether it has state yet or not."""
-        tensors = list(chain.from_iterable(group["params"] for group in self.param_groups))
+        tensors = self._tensors
         found = self._find_layouts(tensors)
         return {p: self._layouts.get(p) or found[p] for p in tensors}
 
@@ -98,7 +183,10 @@ class ShardedOptimizer(Optimizer):
 
     def flat_state(self, p: Tensor) -> dict[str, Tensor] | None:
         """This rank's state of a tensor as `layouts` lays it out, and ``step``; None when it has none."""
-        return {"step": self.state[p]["step"], **flatten_state(self._local_state(p))} if self.state.get(p) else None
+        if not self._state.get(p):
+            return None
+        local = self.local(p)
+        return flatten_state({name: local[name] for name in ("step", *self._layouts[p].tensors)})
 
     def load_shards(self, states: Mapping[Tensor, Mapping[str, Tensor] | None]) -> None:
         """Replace the state of tensors by state laid out as `layouts` says; None takes it away."""
@@ -107,52 +195,47 @@ class ShardedOptimizer(Optimizer):
         for p, state in states.items():
             if state is None:
                 self._layouts.pop(p, None)
-                self.state.pop(p, None)
+                self._state.pop(p, None)
             else:
                 moved = {name: tensor.to(p.device) for name, tensor in state.items() if name != "step"}
                 self._set_state(p, layouts[p], {"step": state["step"].to(self._step_device(p)), **moved})
 
     # ---------------------------------------------------------------- state dict
 
-    def state_dict(self) -> StateDict:
-        """The state as torch's optimizers give it, and under ``"microadam"`` what each tensor's state describes.
+    def describe(self, state_dict: StateDict) -> None:
+        """In place: what torch's optimizers save also says what each tensor's state describes, under ``"microadam"``.
 
         With that entry (see `checkpoint.format`) a checkpoint that was written for another sharding is recognized.
-        Under FSDP1 there is a note in the place of the state, see `sharded_state`.
+        Under FSDP1 there is a note in the place of the state, see `sharded_files`.
         """
-        state_dict = super().state_dict()
         layouts = {}
-        for index, p in enumerate(chain.from_iterable(group["params"] for group in self.param_groups)):
-            if self.state.get(p) and self._shards[p].is_saved_apart:
-                state_dict["state"][index] = {"step": self.state[p]["step"], APART_KEY: APART}
-                if not p.numel():  # the ranks that hold a part of it know the step
-                    del state_dict["state"][index]
-            elif self.state.get(p):
-                layouts[index] = self._saved_layout(p)
+        for index, p in enumerate(self._tensors):
+            if not self._state.get(p):
+                continue
+            if not self._shards[p].is_saved_apart:
+                layouts[index] = self._saved_layout(p, self._layouts[p])
+            elif p.numel():
+                state_dict["state"][index] = {"step": self._state[p]["step"], APART_KEY: APART}
+            else:  # the ranks that hold a part of it know the step
+                del state_dict["state"][index]
         state_dict[LAYOUT_KEY] = describe_layouts(layouts, *process_rank())
-        return state_dict
 
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: StateDict) -> None:
-        """Load a state dict bit for bit; state belongs to parameters by position, whatever their keys.
+    def load(self, state_dict: StateDict) -> bool:
+        """Load a state dict bit for bit; returns whether it held state of this rank, and not only a note where it is.
 
         Raises:
-            CheckpointMismatchError: The state does not fit. The optimizer is left as it was.
+            CheckpointMismatchError: The state does not fit. Nothing has been changed.
         """
-        state_dict = state_dict.copy()
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            replaced = pre_hook(self, state_dict)
-            state_dict = state_dict if replaced is None else replaced
         groups, saved_state = state_dict_parts(state_dict)
-        match_groups(groups, self.param_groups)
-        tensors = list(chain.from_iterable(group["params"] for group in self.param_groups))
+        match_groups(groups, self._groups)
+        tensors = self._tensors
         keys = chain.from_iterable(group["params"] for group in groups)
         loaded = {p: saved_state[key] for p, key in zip(tensors, keys, strict=True) if key in saved_state}
         layouts = {**self._layouts, **self._find_layouts(loaded)}
         if any(self._is_elsewhere(p, state) for p, state in loaded.items()):
             self._require_loaded_apart(loaded)
             self._load_group_settings(groups)
-            return
+            return False
         # Tools that pass on "state" and "param_groups" only drop this entry.
         saved_layouts = read_layouts(state_dict[LAYOUT_KEY]) if LAYOUT_KEY in state_dict else {}
         for index, p in enumerate(tensors):
@@ -160,7 +243,7 @@ class ShardedOptimizer(Optimizer):
                 continue
             name = f"{self._shards[p].name} of shape {tuple(p.shape)}"
             if index in saved_layouts:
-                match_spans(saved_layouts[index], replace(layouts[p], spans=self._shards[p].saved_spans), name)
+                match_spans(saved_layouts[index], self._saved_layout(p, layouts[p]), name)
             match_names(loaded[p], layouts[p], name)
             unwrap = self._shards[p].unwrap
             local = {key: unwrap(x) if isinstance(x, Tensor) else x for key, x in loaded[p].items()}
@@ -169,15 +252,14 @@ class ShardedOptimizer(Optimizer):
         # The base class would cast every tensor to the parameter's dtype, which turns codes and indices into rubbish.
         copies = {p: self._copy_state(p, layouts[p], state) for p, state in loaded.items()}
         self._load_group_settings(groups)
-        self.state.clear()
+        self._state.clear()
         self._layouts = {}
         for p, state in copies.items():
             self._set_state(p, layouts[p], state)
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
+        return True
 
     def _load_group_settings(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        for group, saved in zip(self.param_groups, copy.deepcopy(groups), strict=True):
+        for group, saved in zip(self._groups, copy.deepcopy(groups), strict=True):
             group.update({key: value for key, value in saved.items() if key not in ("params", "param_names")})
 
     def _is_elsewhere(self, p: Tensor, saved: Any) -> bool:
@@ -188,7 +270,7 @@ class ShardedOptimizer(Optimizer):
 
     def _require_loaded_apart(self, loaded: Mapping[Tensor, Mapping[str, Any]]) -> None:
         """Such a state dict is loaded in silence only together with the state itself."""
-        same = all(int(self.state[p]["step"]) == int(loaded[p]["step"]) for p in loaded if self.state.get(p))
+        same = all(int(self._state[p]["step"]) == int(loaded[p]["step"]) for p in loaded if self._state.get(p))
         if not (self.loads_shards_later or (self._has_loaded_shards and same)):
             raise CheckpointMismatchError(
                 "this state dict holds no MicroAdam state for this rank: it was saved under FSDP1, or by another rank. "
@@ -204,9 +286,9 @@ class ShardedOptimizer(Optimizer):
 
     # ---------------------------------------------------------------- layout and state
 
-    def _saved_layout(self, p: Tensor) -> StateLayout:
+    def _saved_layout(self, p: Tensor, layout: StateLayout) -> StateLayout:
         """What the state of ``p`` describes in a state dict."""
-        return replace(self._layouts[p], spans=self._shards[p].saved_spans)
+        return replace(layout, spans=self._shards[p].saved_spans)
 
     def _find_layouts(self, tensors: Iterable[Tensor]) -> dict[Tensor, StateLayout]:
         """Layouts of those tensors (all in the param groups) that have none yet; changes nothing."""
@@ -214,14 +296,13 @@ class ShardedOptimizer(Optimizer):
         layouts: dict[Tensor, StateLayout] = {}
         if not wanted:
             return layouts
-        for group_index, group in enumerate(self.param_groups):
+        for index, group in enumerate(self._groups):
             config = None
             for position, tensor in enumerate(group["params"]):
                 if tensor in wanted:
                     config = config or MicroAdamConfig.from_dict(group)
-                    size = len(group["params"])
-                    slot = Slot(tensor, group_index, position, size, self._constructed, self._exchange)
-                    self._shards[tensor] = find_shard(slot)
+                    place = Place(tensor, index, position, len(group["params"]), self.names, self._exchange)
+                    self._shards[tensor] = find_shard(place)
                     layouts[tensor] = StateLayout(self._shards[tensor].spans, config)
         return layouts
 
@@ -229,29 +310,11 @@ class ShardedOptimizer(Optimizer):
         """Keep these flat state tensors and ``step`` as the state of ``p``."""
         wrap = self._shards[p].wrap
         shaped = shape_state(layout, state)
-        self.state[p] = {name: tensor if name == "step" else wrap(tensor) for name, tensor in shaped.items()}
+        self._state[p] = {name: tensor if name == "step" else wrap(tensor) for name, tensor in shaped.items()}
         self._layouts[p] = layout
         if self._exchange is not None:
             self._exchange.forget(p)
 
-    def _unwrapped_state(self, p: Tensor, shard: Shard) -> Mapping[str, Tensor]:
-        """This rank's part of the state tensors of ``p``, and ``step``."""
-        state: dict[str, Tensor] = self.state[p]
-        if type(shard).unwrap is Shard.unwrap:  # a dictionary a tensor and step is work for the collector
-            return state
-        return {"step": state["step"], **self._local_state(p)}
-
-    def _local_state(self, p: Tensor) -> dict[str, Tensor]:
-        """This rank's part of the state tensors of ``p``, without ``step``."""
-        unwrap = self._shards[p].unwrap
-        return {name: unwrap(self.state[p][name]) for name in self._layouts[p].tensors}
-
     def _step_device(self, p: Tensor) -> torch.device:
         """Where the steps of ``p`` are counted."""
         return p.device if self._counts_on_device else torch.device("cpu")
-
-    def __getstate__(self) -> dict[str, Any]:
-        # The base class leaves out its hooks, and everything it does not know.
-        hooks = {name for name in self.__dict__ if name.startswith("_optimizer_")}
-        own = {name: value for name, value in self.__dict__.items() if name not in hooks}
-        return {**own, **super().__getstate__()}

@@ -1,30 +1,15 @@
-"""Where everything lies: spans of parameters, Top-K blocks on their grids, state sizes and offsets.
-
-All offset, size and byte arithmetic of the package is here, in plain integers. Standard library only, so that the
-planner predicts with the very code that allocates.
-
-    parameter (global)   rows x row_numel, row-major                       BlockGrid
-      span               a contiguous interval of it that a rank holds     ShardSpan
-        band             consecutive rows of the span cut in the same way  (row intervals; at most 3 a span)
-          run            rows x cols blocks of one length                  BlockRun
-            block        Top-K unit, never crosses a row of the parameter; cut by a shard edge it is a fragment
-              bucket     elements that share one quantization range, never crosses a block
-"""
+"""State of one local tensor: which blocks it has, and where each lies in the flat state tensors."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from .config import MicroAdamConfig
-from .errors import UnsupportedLayoutError
-
-# Parameters below these global sizes take the dense path (AdamW with fp32 moments).
-MIN_SPARSE_ROW_NUMEL = 64
-MIN_SPARSE_NUMEL = 4096
+from ..config import MicroAdamConfig
+from .grid import Band, BlockGrid
+from .spans import ShardSpan
 
 DTYPE_BYTES = {"uint8": 1, "bfloat16": 2, "float32": 4}
 SPARSE_DTYPES = {
@@ -35,6 +20,7 @@ SPARSE_DTYPES = {
     "values": "bfloat16",
     "scales": "bfloat16",
 }
+ERROR_TENSORS = ("codes", "bucket_lo", "bucket_hi")
 WINDOW_TENSORS = ("indices", "values", "scales")
 DENSE_TENSORS = ("exp_avg", "exp_avg_sq")
 # Indices are stored as uint8 because neither gloo nor NCCL carries int16.
@@ -42,145 +28,6 @@ INDEX_BITS, PACKED_INDEX_BITS = 16, 12
 
 # Blocks of each parameter that diagnostics look at: one in 97, at least 7.
 SAMPLED_ONE_IN, MIN_SAMPLED_BLOCKS = 97, 7
-
-
-@dataclass(frozen=True)
-class ShardSpan:
-    """A contiguous interval of one named parameter, in row-major element order, inside a local tensor.
-
-    Args:
-        fqn: Name of the parameter, or its position in the param groups when it was given without a name.
-        global_shape: Shape of the whole parameter.
-        start: First element of the interval, counted in the whole parameter.
-        numel: Length of the interval; may be 0.
-        offset: Where the interval begins in the local tensor, in elements.
-    """
-
-    fqn: str
-    global_shape: tuple[int, ...]
-    start: int
-    numel: int
-    offset: int = 0
-
-    def __post_init__(self) -> None:
-        if self.start < 0 or self.numel < 0 or self.offset < 0 or self.start + self.numel > self.global_numel:
-            raise UnsupportedLayoutError(f"{self} does not lie inside the parameter.")
-
-    @property
-    def global_numel(self) -> int:
-        """Elements of the whole parameter."""
-        return math.prod(self.global_shape)
-
-    @property
-    def row_numel(self) -> int:
-        """Elements of one row of the parameter."""
-        return math.prod(self.global_shape[1:])
-
-    @property
-    def has_whole_rows(self) -> bool:
-        """Whether the interval begins and ends at a row of the parameter."""
-        return all(not edge or edge % self.row_numel == 0 for edge in (self.start, self.numel))
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether the parameter takes the dense path; decided by its global shape, so the same on every rank."""
-        if len(self.global_shape) < 2 or self.global_numel < MIN_SPARSE_NUMEL:
-            return True
-        return self.global_numel // self.global_shape[0] < MIN_SPARSE_ROW_NUMEL
-
-
-@dataclass(frozen=True)
-class Segment:
-    """``cols`` adjacent blocks of ``numel`` elements each, beginning ``start`` elements into a row interval."""
-
-    start: int
-    cols: int
-    numel: int
-    is_fragment: bool
-
-
-@dataclass(frozen=True)
-class Band:
-    """``rows`` consecutive rows of a span that are cut into the same segments.
-
-    ``start`` is counted from the beginning of the span; the rows are ``row_numel`` elements apart.
-    """
-
-    start: int
-    rows: int
-    row_numel: int
-    segments: tuple[Segment, ...]
-
-
-@dataclass(frozen=True)
-class BlockGrid:
-    """Top-K blocks of one parameter: every row is cut into ``block_numel``-element blocks, the last may be shorter."""
-
-    row_numel: int
-    block_numel: int
-
-    @classmethod
-    def from_shape(cls, global_shape: Sequence[int], block_size: int) -> BlockGrid:
-        """Lay the grid: equal blocks of a multiple of 8 elements where the row length allows it.
-
-        Source: ours; the paper lays blocks over the flattened parameter.
-        """
-        row_numel = math.prod(global_shape) // global_shape[0]
-        fewest = -(-row_numel // block_size)
-        for num_blocks in range(fewest, 4 * fewest + 1):
-            if row_numel % num_blocks == 0 and (row_numel // num_blocks) % 8 == 0:
-                return cls(row_numel, row_numel // num_blocks)
-        even_share = -(-row_numel // fewest)
-        return cls(row_numel, min(row_numel, -(-even_share // 8) * 8))
-
-    @property
-    def blocks_per_row(self) -> int:
-        """Blocks in one row of the parameter."""
-        return -(-self.row_numel // self.block_numel)
-
-    def block_index(self, position: int) -> int:
-        """Number of the block that holds element ``position``, in row-major order."""
-        row, column = divmod(position, self.row_numel)
-        return row * self.blocks_per_row + column // self.block_numel
-
-    def block_interval(self, position: int) -> tuple[int, int]:
-        """First element and end of the whole block that holds element ``position``, in row-major order."""
-        row, column = divmod(position, self.row_numel)
-        start = column - column % self.block_numel
-        return row * self.row_numel + start, row * self.row_numel + min(start + self.block_numel, self.row_numel)
-
-    def segments(self, begin: int, end: int) -> tuple[Segment, ...]:
-        """Cut the interval [begin, end) of one row at the block edges; starts are relative to ``begin``."""
-        segments = []
-        position = begin
-        while position < end:
-            column = position // self.block_numel
-            block_end = min((column + 1) * self.block_numel, self.row_numel)
-            if position % self.block_numel or end < block_end:  # a shard edge cuts this block
-                stop = min(end, block_end)
-                segments.append(Segment(position - begin, 1, stop - position, is_fragment=True))
-            else:
-                cols = max(1, (end - position) // self.block_numel)  # max: the shorter last block of a row
-                numel = min(self.block_numel, block_end - position)
-                stop = position + cols * numel
-                segments.append(Segment(position - begin, cols, numel, is_fragment=False))
-            position = stop
-        return tuple(segments)
-
-    def bands(self, start: int, numel: int) -> list[Band]:
-        """Cut the interval [start, start + numel) of the parameter into part of a row, whole rows, part of a row."""
-        bands = []
-        position, end = start, start + numel
-        while position < end:
-            column = position % self.row_numel
-            whole_rows = (end - position) // self.row_numel if column == 0 else 0
-            if whole_rows:
-                rows, row_end = whole_rows, self.row_numel
-            else:
-                rows, row_end = 1, min(self.row_numel, column + end - position)
-            bands.append(Band(position - start, rows, self.row_numel, self.segments(column, row_end)))
-            position += rows * (row_end - column)
-        return bands
 
 
 class StateSize(NamedTuple):
@@ -412,11 +259,6 @@ class StateLayout:
         """Elements on the dense path."""
         return sum(span.numel for span in self.spans if span.is_dense)
 
-    @property
-    def num_fragments(self) -> int:
-        """Blocks cut by a shard edge: the only ones whose arithmetic depends on the number of ranks."""
-        return sum(run.num_blocks for run in self.runs if run.is_fragment)
-
     @cached_property
     def tensors(self) -> dict[str, tuple[str, int]]:
         """Name -> (dtype, number of elements) of every flat state tensor; a path without parameters has none."""
@@ -487,83 +329,3 @@ class StateLayout:
 
     def _num_bytes(self, names: Iterable[str]) -> int:
         return sum(self.tensors[name][1] * DTYPE_BYTES[self.tensors[name][0]] for name in names)
-
-
-# How engines cut parameters. What a rank really holds is read from the engine (`engines`); these rules, of torch 2.13
-# and DeepSpeed 0.19.8, say it beforehand: for the planner, to know what other ranks hold, and to write a checkpoint for
-# ranks that do not run.
-
-
-def row_share(num_rows: int, world_size: int, rank: int) -> tuple[int, int]:
-    """Shard(0) of a DTensor: first row of a rank, and the one after its last."""
-    share = -(-num_rows // world_size)
-    first = min(share * rank, num_rows)
-    return first, min(first + share, num_rows)
-
-
-@dataclass(frozen=True)
-class FlatShard:
-    """One local tensor that holds parts of several parameters: its spans, its length, and the padding at its end."""
-
-    spans: tuple[ShardSpan, ...]
-    numel: int
-    end_padding: int
-
-
-def zero12_shard(shapes: Mapping[str, tuple[int, ...]], world_size: int, rank: int) -> FlatShard:
-    """ZeRO-1 and 2: the parameters of a group in a row, padded to a multiple of 2 x ranks, in equal parts."""
-    return _flat_shard(shapes, world_size, rank, share_multiple=2)
-
-
-def fsdp1_shard(shapes: Mapping[str, tuple[int, ...]], world_size: int, rank: int, *, alignment: int) -> FlatShard:
-    """FSDP1 with ``use_orig_params``: the parameters of a unit in a row, each beginning at 16 bytes, in equal parts.
-
-    Args:
-        shapes: Name -> shape of the parameters of one unit, in the order of its modules.
-        world_size: Ranks that share the unit.
-        rank: Which one.
-        alignment: Elements in 16 bytes of the dtype in which the unit computes.
-    """
-    return _flat_shard(shapes, world_size, rank, alignment=alignment)
-
-
-def _flat_shard(
-    shapes: Mapping[str, tuple[int, ...]], world_size: int, rank: int, *, alignment: int = 1, share_multiple: int = 1
-) -> FlatShard:
-    begins, total = [], 0
-    for shape in shapes.values():
-        begins.append(-(-total // alignment) * alignment)
-        total = begins[-1] + math.prod(shape)
-    share = -(-total // (share_multiple * world_size)) * share_multiple
-    shard_start, shard_end = rank * share, (rank + 1) * share
-    spans = []
-    for (fqn, shape), begin in zip(shapes.items(), begins, strict=True):
-        start, end = max(begin, shard_start), min(begin + math.prod(shape), shard_end)
-        if start < end:
-            spans.append(ShardSpan(fqn, shape, start - begin, end - start, start - shard_start))
-    return FlatShard(tuple(spans), share, end_padding=min(share, max(0, shard_end - total)))
-
-
-def row_shard(fqn: str, shape: tuple[int, ...], world_size: int, rank: int) -> FlatShard:
-    """FSDP2: as many whole rows on every rank, fewer or none on the last ones, whose tensors are padded."""
-    rows, row_numel = math.prod(shape[:1]), math.prod(shape[1:])  # a scalar is one row
-    first, end = row_share(rows, world_size, rank)
-    span = ShardSpan(fqn, shape, first * row_numel, (end - first) * row_numel)
-    numel = row_share(rows, world_size, 0)[1] * row_numel
-    return FlatShard((span,), numel, end_padding=numel - span.numel)
-
-
-def zero3_share(shape: Sequence[int], world_size: int) -> int:
-    """ZeRO-3: elements of one parameter on every rank, padding included."""
-    return -(-math.prod(shape) // world_size)
-
-
-def zero3_shard(shapes: Mapping[str, tuple[int, ...]], world_size: int, rank: int) -> FlatShard:
-    """ZeRO-3: every parameter padded to a multiple of the ranks and cut into equal parts."""
-    spans, offset = [], 0
-    for fqn, shape in shapes.items():
-        share = zero3_share(shape, world_size)
-        start = min(rank * share, math.prod(shape))
-        spans.append(ShardSpan(fqn, shape, start, min(share, math.prod(shape) - start), offset))
-        offset += share
-    return FlatShard(tuple(spans), offset, end_padding=0)

@@ -15,10 +15,10 @@ from typer import Option
 
 from ..config import MicroAdamConfig
 from ..errors import ConfigError, MicroAdamError
-from .engines import Dtype, Engine
-from .gpus import CONTEXT_BYTES, FRAGMENTATION, GIB, GPUS, needed_bytes, smallest_gpu
-from .memory import Job, Optimizer, Plan, make_plan
-from .shapes import BUILT_IN_NAMES, LLAMAS, SUPPORTED_MODEL_TYPES, LlamaShape, numel, read_shape
+from ..planner.engines import Dtype, Engine
+from ..planner.gpus import CONTEXT_BYTES, FRAGMENTATION, GIB, GPUS, needed_bytes, smallest_gpu
+from ..planner.memory import Job, Optimizer, Plan, make_plan
+from ..planner.shapes import BUILT_IN_NAMES, LLAMAS, SUPPORTED_MODEL_TYPES, LlamaShape, numel, read_shape
 
 # Parts of a plan in the order in which the table and the picture show them; the last ones are of the step.
 RESIDENT = {"weights": "weights", "master": "master weights", "optimizer_state": "optimizer state"}
@@ -93,7 +93,7 @@ def plan(
         if json_file:
             json_file.write_text(json.dumps(as_json(name, shape, job, plans), indent=2) + "\n", encoding="utf-8")
         if plot_file:
-            from .plot import draw
+            from ..planner.plot import draw
 
             draw(plot_file, _title(name, job), {optimizer.value: _peak(plan) for optimizer, plan in plans.items()})
     except (MicroAdamError, OSError) as error:

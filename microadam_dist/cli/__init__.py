@@ -8,9 +8,9 @@ import sys
 def main() -> None:
     """Run the command line; it needs typer and rich, which ``pip install microadam-dist[cli]`` brings."""
     try:
-        from . import _commands
+        from .app import app
     except ModuleNotFoundError as error:
         if error.name not in ("typer", "rich"):
             raise
         sys.exit(f"microadam: {error.name} is missing; pip install 'microadam-dist[cli]'")
-    _commands.app()
+    app()

@@ -15,20 +15,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .layout import StateLayout
-from .quantization import decode_error, encode_error
+from ..config import MicroAdamConfig
+from .blocks import Blocks
+from .error_feedback import StoredError, decode_error, encode_error
 from .scalars import MAGNITUDE_LIMIT, StepScalars
-from .state import BlockViews
 from .window import Slot, decode_slot, encode_slot
 
 
-def microadam_step_(blocks: BlockViews, layout: StateLayout, num_kept: int, step: int, scalars: StepScalars) -> Tensor:
-    """One step on B blocks. In place: parameter, codes, bucket ranges and window; the gradient is only read.
+def microadam_step_(blocks: Blocks, config: MicroAdamConfig, num_kept: int, step: int, scalars: StepScalars) -> Tensor:
+    """One step on B blocks. In place: parameter, error feedback and window; the gradient is only read.
 
     Args:
-        blocks: Views of the blocks, all of one length. Without a gradient their newest slot is in the window already,
-            put there by another rank, and only the weights are updated.
-        layout: Gives bucket size, code width and window size.
+        blocks: Views of the blocks. Without a gradient their newest slot is in the window already, put there by another
+            rank, and only the weights are updated.
+        config: Gives bucket size, code width and window size.
         num_kept: k.
         step: Steps taken before this one.
         scalars: The scalars of this step.
@@ -36,45 +36,45 @@ def microadam_step_(blocks: BlockViews, layout: StateLayout, num_kept: int, step
     Returns:
         Number of blocks skipped because their accumulator is not finite, 0-dim int64.
     """
-    window_size = layout.config.window_size
+    window_size = config.window_size
     if blocks.grad is None:
         finite = torch.ones(blocks.param.shape[:2].numel(), 1, dtype=torch.bool, device=blocks.param.device)
         slots = []
     else:
-        accumulator = accumulate(blocks, blocks.grad, layout, scalars)
-        newest, _, finite = keep_largest_(blocks, accumulator, layout, num_kept)
-        blocks.store_slot(step % window_size, newest)
+        accumulator = accumulate(blocks, blocks.grad, config, scalars)
+        newest, _, finite = keep_largest_(blocks, accumulator, config, num_kept)
+        if blocks.window is not None:
+            blocks.window.store_(step % window_size, newest)
         slots = [decode_slot(newest)]  # by age, 0 = newest
     slots += stored_slots(blocks, [(step - age) % window_size for age in range(len(slots), len(scalars.m_weights))])
     update_weights_(blocks.param, slots, finite, scalars)
     return (~finite).sum()
 
 
-def accumulate(blocks: BlockViews, grad: Tensor, layout: StateLayout, scalars: StepScalars) -> Tensor:
+def accumulate(blocks: Blocks, grad: Tensor, config: MicroAdamConfig, scalars: StepScalars) -> Tensor:
     """Gradient and error: ``a = g * grad_scale + (codes * step_q + lo)``, (B, n) fp32."""
     accumulator = grad.flatten(0, 1).float() * scalars.grad_scale
-    error = stored_error(blocks, layout, numel=accumulator.shape[1])
+    error = stored_error(blocks, config)
     return accumulator if error is None else accumulator + error
 
 
-def stored_error(blocks: BlockViews, layout: StateLayout, numel: int) -> Tensor | None:
+def stored_error(blocks: Blocks, config: MicroAdamConfig) -> Tensor | None:
     """The error feedback, (B, n) fp32; None where it is switched off."""
-    if blocks.codes is None or blocks.bucket_lo is None or blocks.bucket_hi is None:
+    if blocks.error is None:
         return None
-    lo, hi = blocks.bucket_lo.flatten(0, 1).float(), blocks.bucket_hi.flatten(0, 1).float()
-    return decode_error(blocks.codes.flatten(0, 1), lo, hi, layout, numel)
+    stored = StoredError(*(part.flatten(0, 1) for part in blocks.error))
+    return decode_error(stored, blocks.numel, bits=config.ef_bits, bucket_size=config.bucket_size)
 
 
-def stored_slots(blocks: BlockViews, slots: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+def stored_slots(blocks: Blocks, slots: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
     """(B, k) int64 indices and (B, k) fp32 values of slots of the window; none where no window is stored."""
-    stored = [blocks.slot(number) for number in slots]
-    return [decode_slot(slot) for slot in stored if slot is not None]
+    return [] if blocks.window is None else [decode_slot(blocks.window.slot(number)) for number in slots]
 
 
 def keep_largest_(
-    blocks: BlockViews, accumulator: Tensor, layout: StateLayout, num_kept: int
+    blocks: Blocks, accumulator: Tensor, config: MicroAdamConfig, num_kept: int
 ) -> tuple[Slot, Tensor, Tensor]:
-    """Top-K of the accumulator (B, n). In place: codes and bucket ranges of the blocks take what is left.
+    """Top-K of the accumulator (B, n). In place: the error feedback of the blocks takes what is left.
 
     Returns:
         slot: The newest slot, indices ascending.
@@ -87,16 +87,15 @@ def keep_largest_(
     indices = largest_magnitudes(rounded, num_kept)
     # The slot of a skipped block is stored empty: zeros at the first k places, which add nothing anywhere.
     indices = torch.where(finite, indices, torch.arange(num_kept, device=indices.device))
-    slot = encode_slot(indices, torch.where(finite, rounded.gather(1, indices), 0), layout.config.packed_window)
+    slot = encode_slot(indices, torch.where(finite, rounded.gather(1, indices), 0), config.packed_window)
 
     # a[I] = 0, packed: a[I] -= V as it is stored; and the residual becomes the new error, quantized
-    left = accumulator.gather(1, indices) - decode_slot(slot)[1] if layout.config.packed_window else 0.0
+    left = accumulator.gather(1, indices) - decode_slot(slot)[1] if config.packed_window else 0.0
     residual = accumulator.scatter(1, indices, left)
-    if blocks.codes is not None and blocks.bucket_lo is not None and blocks.bucket_hi is not None:
-        codes, bucket_lo, bucket_hi = encode_error(residual, layout)
-        _assign_where_(blocks.codes, finite, codes)
-        _assign_where_(blocks.bucket_lo, finite, bucket_lo)
-        _assign_where_(blocks.bucket_hi, finite, bucket_hi)
+    if blocks.error is not None:
+        error = encode_error(residual, bits=config.ef_bits, bucket_size=config.bucket_size)
+        for stored, new in zip(blocks.error, error, strict=True):
+            _assign_where_(stored, finite, new)
     return slot, residual, finite
 
 

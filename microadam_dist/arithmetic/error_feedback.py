@@ -1,60 +1,70 @@
 """The quantized error feedback: codes of 2, 4 or 8 bits between the smallest and the largest element of each bucket.
 
 Source: MicroAdam, arXiv:2405.15593, Algorithm 2. Shapes: B blocks of n elements in q buckets of ``bucket_size``
-elements, the last of which may be shorter. Part of the arithmetic contract of `algorithm`.
+elements, the last of which may be shorter. Part of the arithmetic contract of `step`.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from .layout import StateLayout
+
+class StoredError(NamedTuple):
+    """What is left of the accumulators of some blocks, quantized.
+
+    Attributes:
+        codes: (..., code_bytes) uint8.
+        lo, hi: (..., q) bf16, the range of each bucket.
+    """
+
+    codes: Tensor
+    lo: Tensor
+    hi: Tensor
 
 
-def decode_error(codes: Tensor, bucket_lo: Tensor, bucket_hi: Tensor, layout: StateLayout, numel: int) -> Tensor:
+def decode_error(stored: StoredError, numel: int, *, bits: int, bucket_size: int) -> Tensor:
     """The stored error: ``codes * step_q + lo`` with ``step_q = (hi - lo) / levels``.
 
     Args:
-        codes: (B, code_bytes) uint8.
-        bucket_lo, bucket_hi: (B, q) fp32.
+        stored: Of B blocks, (B, x) each.
         numel: n.
+        bits: Of a code.
+        bucket_size: Elements of a bucket.
 
     Returns:
         (B, n) fp32.
     """
-    bits, bucket_size = layout.config.ef_bits, layout.config.bucket_size
-    unpacked = unpack_codes(codes, bits)[:, :numel].float()
+    codes = unpack_codes(stored.codes, bits)[:, :numel].float()
+    lo, hi = stored.lo.float(), stored.hi.float()
     # Division by a tensor: dividing by a Python number may be computed as a product with the reciprocal.
-    width = bucket_hi - bucket_lo
+    width = hi - lo
     step_q = width / torch.full_like(width, 2**bits - 1)
-    return unpacked * spread(step_q, bucket_size, numel) + spread(bucket_lo, bucket_size, numel)
+    return codes * spread(step_q, bucket_size, numel) + spread(lo, bucket_size, numel)
 
 
-def encode_error(residual: Tensor, layout: StateLayout) -> tuple[Tensor, Tensor, Tensor]:
+def encode_error(residual: Tensor, *, bits: int, bucket_size: int) -> StoredError:
     """Quantize: ``lo, hi = bf16(min), bf16(max)`` per bucket, ``codes = clip(rint((a - lo) * (levels / (hi - lo))))``.
 
     The codes of a bucket are 0 where ``hi == lo`` or the range is so small that ``levels / (hi - lo)`` overflows.
 
     Args:
         residual: (B, n) fp32.
-
-    Returns:
-        Codes (B, code_bytes) uint8, lo and hi (B, q) bf16.
+        bits: Of a code.
+        bucket_size: Elements of a bucket.
     """
-    bits, bucket_size = layout.config.ef_bits, layout.config.bucket_size
-    levels = 2**bits - 1
-    numel = residual.shape[1]
-    num_buckets = layout.block_state_size(numel).buckets
+    levels, numel = 2**bits - 1, residual.shape[1]
     # A shorter last bucket is filled up with its last element, which changes neither minimum nor maximum.
-    filling = residual[:, -1:].expand(-1, num_buckets * bucket_size - numel)
-    buckets = torch.cat([residual, filling], dim=1).view(-1, num_buckets, bucket_size)
+    filling = residual[:, -1:].expand(-1, -numel % bucket_size)
+    buckets = torch.cat([residual, filling], dim=1).view(residual.shape[0], -1, bucket_size)
     bucket_lo, bucket_hi = buckets.amin(dim=2).bfloat16(), buckets.amax(dim=2).bfloat16()
     lo, width = bucket_lo.float(), bucket_hi.float() - bucket_lo.float()
     inverse = torch.full_like(width, levels) / width
     inverse = torch.where(inverse.isfinite(), inverse, 0.0)
     scaled = (residual - spread(lo, bucket_size, numel)) * spread(inverse, bucket_size, numel)
-    return pack_codes(scaled.round().clamp(0, levels).byte(), bits), bucket_lo, bucket_hi
+    return StoredError(pack_codes(scaled.round().clamp(0, levels).byte(), bits), bucket_lo, bucket_hi)
 
 
 def spread(per_bucket: Tensor, bucket_size: int, numel: int) -> Tensor:

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .checkpoint.dcp import LocalState, SavedState, write_state
-from .config import SETTING_NAMES, STRUCTURAL_SETTINGS, MicroAdamConfig
-from .engines.base import process_rank, raise_together
-from .errors import UnsupportedLayoutError
-from .layout import StateLayout
-from .optimizer import MicroAdam
+from ..checkpoint.dcp import LocalState, SavedState, write_state
+from ..config import SETTING_NAMES, STRUCTURAL_SETTINGS, MicroAdamConfig
+from ..engines.collectives import process_rank, raise_together
+from ..errors import UnsupportedLayoutError
+from ..layout import StateLayout
+from .microadam import MicroAdam
 
 _CHANGEABLE_SETTINGS = [name for name in SETTING_NAMES if name not in STRUCTURAL_SETTINGS]
 

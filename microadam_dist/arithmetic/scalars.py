@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
-from .config import MicroAdamConfig
+from ..config import MicroAdamConfig
 
 # Ours: a block whose accumulator holds a NaN, an Inf or a magnitude of 2**60 or more (after rounding to bf16) is
 # skipped. Below it no product, square or bucket range of the step can overflow, so no NaN can enter the state.

@@ -10,34 +10,23 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..errors import UnsupportedLayoutError
-from ..layout import row_shard, row_share
-from .base import Shard, Slot
-from .rows import RowShard, is_dtensor
+from ..layout import row_share
+from .base import Place, Shard
+from .collectives import process_rank
+from .cuts import row_shard
+from .rows import RowShard
 
 
-def find_shard(slot: Slot) -> Shard | None:
+def find_shard(place: Place) -> Shard | None:
     """One span: this rank's rows."""
-    names = [named.fqn for group in slot.constructed for named in group if named.param is slot.tensor]
-    if slot.exchange is None or not names:
-        return None
-    tensor, fqn = slot.tensor, names[0]
-    if is_dtensor(tensor) or getattr(tensor, "_fsdp_flattened", False):
-        raise UnsupportedLayoutError(
-            f"parameter {fqn!r} is sharded by FSDP, and its state with it: remove shard_state, which is for parameters "
-            "that are whole on every rank (DDP)."
-        )
-    if tensor.ndim == 0:
-        return None  # every rank steps it: one number cannot be shared
+    tensor, named = place.tensor, place.names.find(place.tensor)
+    if place.exchange is None or named is None or tensor.ndim == 0:
+        return None  # every rank steps a scalar: one number cannot be shared
     from torch.distributed.tensor import Shard as ShardPlacement
 
-    mesh = slot.exchange.mesh(tensor.device.type)
-    spans = row_shard(fqn, tuple(tensor.shape), mesh.size(), mesh.get_local_rank()).spans
+    mesh = place.exchange.mesh(tensor.device.type)
+    spans = row_shard(named.fqn, tuple(tensor.shape), mesh.size(), mesh.get_local_rank()).spans
     return ReplicatedShard(tensor, spans, mesh, (ShardPlacement(0),))
-
-
-def whitelist(optimizer_class: type) -> None:
-    """Nothing to do."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +42,16 @@ class ReplicatedShard(RowShard):
     def grad(self) -> Tensor:
         """Their gradient."""
         return super().grad[self.row_slice(self.rank)]
+
+    @property
+    def has_final_grad(self) -> bool:
+        """See `local.WholeShard`."""
+        return process_rank()[1] == 1
+
+    @property
+    def is_exchanged(self) -> bool:
+        """By a `row_exchange`."""
+        return True
 
     @property
     def rank(self) -> int:

@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from .engines.base import Shard
-from .errors import ConfigError, UnsupportedLayoutError
-from .optimizer import MicroAdam
+from ..engines.base import Shard
+from ..engines.local import has_ddp
+from ..errors import ConfigError, UnsupportedLayoutError
+from .microadam import MicroAdam
 
 _with_release: weakref.WeakSet[MicroAdam] = weakref.WeakSet()
 
@@ -52,7 +52,7 @@ def release_gradients(model: nn.Module, optimizer: MicroAdam) -> GradientRelease
     """
     if optimizer in _with_release:
         raise ConfigError("the gradients of this optimizer are released already; remove() that handle first.")
-    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+    if has_ddp(model):
         raise UnsupportedLayoutError(
             "DistributedDataParallel averages gradients after they are accumulated, so gradients cannot be released: "
             "each rank would use its own. Use fully_shard (FSDP2), or the normal step."

@@ -10,12 +10,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .bench.commands import app as bench
-from .checkpoint.deepspeed_reshard import reshard_checkpoint
-from .diagnostics.environment import backends, chosen, versions
-from .diagnostics.report import write_report
-from .errors import MicroAdamError
-from .planner.cli import plan
+from ..checkpoint.deepspeed_reshard import reshard_checkpoint
+from ..diagnostics.environment import backends, chosen, versions
+from ..diagnostics.report import write_report
+from ..errors import MicroAdamError
+from .bench import app as bench
+from .plan import plan
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 app.add_typer(bench, name="bench")
@@ -26,7 +26,7 @@ app.command()(plan)
 
 @app.callback()
 def microadam() -> None:
-    """Tools for MicroAdam: Adam with 0.56 bytes of optimizer state a parameter."""
+    """Tools for MicroAdam: Adam with 0.56 bytes of optimizer state per parameter."""
 
 
 @app.command()

@@ -1,7 +1,7 @@
-"""One slot of the window as it is stored: 16-bit indices and bf16 values, or packed.
+"""The window as it is stored: slots of 16-bit indices and bf16 values, or packed.
 
 Packed (ours): 12-bit indices, which lose nothing, and 8-bit values with a scale for each slot of a block. What they
-leave of a value stays in the error feedback. Part of the arithmetic contract of `algorithm`. Shapes: B blocks, k kept
+leave of a value stays in the error feedback. Part of the arithmetic contract of `step`. Shapes: B blocks, k kept
 in each.
 """
 
@@ -28,6 +28,24 @@ class Slot(NamedTuple):
     indices: Tensor
     values: Tensor
     scales: Tensor | None
+
+
+class Window(NamedTuple):
+    """All slots of some blocks: the tensors of `Slot`, (..., window_size, x) each; writing to them writes the state."""
+
+    indices: Tensor
+    values: Tensor
+    scales: Tensor | None
+
+    def slot(self, number: int) -> Slot:
+        """One slot of all blocks, in a row."""
+        return Slot(*(None if part is None else part[..., number, :].flatten(0, -2) for part in self))  # type: ignore[arg-type]
+
+    def store_(self, number: int, slot: Slot) -> None:
+        """In place: one slot of all blocks."""
+        for stored, new in zip(self, slot, strict=True):
+            if stored is not None and new is not None:
+                stored[..., number, :] = new.view(*stored.shape[:-2], -1)
 
 
 def encode_slot(indices: Tensor, values: Tensor, packed: bool) -> Slot:

@@ -1,0 +1,106 @@
+"""Top-K blocks of one length, as views of a local tensor and its state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..layout import ERROR_TENSORS, BlockRun, Extent, StateLayout
+from .error_feedback import StoredError
+from .window import Window
+
+
+class Blocks(NamedTuple):
+    """What belongs to rows x cols blocks of n elements; writing to it writes to the state.
+
+    Attributes:
+        param: (rows, cols, n), dtype of the parameter.
+        grad: (rows, cols, n), dtype of the gradient, or None where only the weights are updated.
+        error: (rows, cols, x) each, or None without error feedback or gradient.
+        window: (rows, cols, window_size, x) each, or None when no window is stored.
+    """
+
+    param: Tensor
+    grad: Tensor | None
+    error: StoredError | None
+    window: Window | None
+
+    @property
+    def numel(self) -> int:
+        """n."""
+        return self.param.shape[2]
+
+    def copy_of(self, rows: Sequence[int], cols: Sequence[int]) -> Blocks:
+        """Copies of the blocks (rows[i], cols[i]), as many rows of one block each."""
+        row, col = (torch.tensor(places, device=self.param.device) for places in (rows, cols))
+        copies: Blocks = _map_tensors(lambda view: view[row, col].unsqueeze(1), self)
+        return copies
+
+
+def concatenate(parts: Sequence[Blocks]) -> Blocks:
+    """Copies of blocks of one shape, one part after the other along the rows."""
+    joined: Blocks = _map_tensors(lambda *views: torch.cat(views), *parts)
+    return joined
+
+
+def _map_tensors(function: Callable[..., Tensor], *parts: Any) -> Any:
+    """The same tuple of tensors, Nones and tuples of these, of what the function makes of the tensors."""
+    if parts[0] is None:
+        return None
+    if isinstance(parts[0], Tensor):
+        return function(*parts)
+    return type(parts[0])(*(_map_tensors(function, *fields) for fields in zip(*parts, strict=True)))
+
+
+def block_views(
+    layout: StateLayout, run: BlockRun, param: Tensor, grad: Tensor | None, state: Mapping[str, Tensor], rows: range
+) -> Blocks:
+    """Views of the blocks in ``rows`` of ``run``.
+
+    Args:
+        layout: The layout ``run`` comes from.
+        run: Blocks of equal length.
+        param: Local tensor, contiguous, of any shape.
+        grad: Its gradient, likewise, or None.
+        state: The state tensors, likewise, by name.
+        rows: Consecutive rows of the run.
+    """
+
+    def view(tensor: Tensor, extent: Extent) -> Tensor:
+        return tensor.as_strided(
+            (len(rows), run.cols, extent.size),
+            (extent.row_stride, extent.size, 1),
+            tensor.storage_offset() + extent.start + rows.start * extent.row_stride,
+        )
+
+    error = None
+    if layout.config.ef_bits and grad is not None:
+        extents = run.codes, run.buckets, run.buckets
+        error = StoredError(*(view(state[name], extent) for name, extent in zip(ERROR_TENSORS, extents, strict=True)))
+    return Blocks(
+        view(param, run.elements),
+        None if grad is None else view(grad, run.elements),
+        error,
+        window_views(layout, run, state, rows) if layout.has_window else None,
+    )
+
+
+def window_views(layout: StateLayout, run: BlockRun, state: Mapping[str, Tensor], rows: range) -> Window:
+    """What the window's tensors have of the blocks in ``rows``; the layout has a window."""
+    slots = layout.config.window_size
+
+    def view(tensor: Tensor, extent: Extent) -> Tensor:
+        return tensor.as_strided(
+            (len(rows), run.cols, slots, extent.size),
+            (slots * extent.row_stride, slots * extent.size, extent.size, 1),
+            tensor.storage_offset() + slots * (extent.start + rows.start * extent.row_stride),
+        )
+
+    return Window(
+        view(state["indices"], run.indices),
+        view(state["values"], run.values),
+        view(state["scales"], run.scales) if layout.config.packed_window else None,
+    )

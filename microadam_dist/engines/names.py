@@ -1,0 +1,100 @@
+"""What the parameters of an optimizer are called: the one answer, for all engines."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any
+
+from torch import Tensor
+
+from ..layout import plain_fqn
+
+
+@dataclass(frozen=True, eq=False)
+class NamedParameter:
+    """A parameter as the optimizer's constructor saw it.
+
+    It is not kept alive: where an engine has put a shard in its place, its memory must be free to go.
+
+    Attributes:
+        fqn: Its name, without what wrappers of the model add, or its position in the param groups.
+        shape: Its shape at that time.
+        reference: Gives the tensor, or None when nothing else holds it any more.
+    """
+
+    fqn: str
+    shape: tuple[int, ...]
+    reference: Callable[[], Tensor | None]
+
+    @classmethod
+    def of(cls, fqn: str, param: Tensor) -> NamedParameter:
+        """A name and what it stands for."""
+        return cls(fqn, tuple(param.shape), weakref.ref(param))
+
+    @property
+    def param(self) -> Any:
+        """The tensor itself; None when nothing else holds it any more."""
+        return self.reference()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore_named, (self.fqn, self.shape, self.param)
+
+
+def _restore_named(fqn: str, shape: tuple[int, ...], param: Tensor | None) -> NamedParameter:
+    return NamedParameter(fqn, shape, (lambda: None) if param is None else weakref.ref(param))
+
+
+class ParameterNames:
+    """The parameters an optimizer was constructed with.
+
+    Attributes:
+        groups: Group by group, in order.
+        sharded: Those that an engine has sharded while others were frozen, likewise; None until it says so. What is
+            frozen or thawed later is not moved by it.
+    """
+
+    def __init__(self) -> None:
+        self.groups: list[list[NamedParameter]] = []
+        self.sharded: list[list[NamedParameter]] | None = None
+        self._by_id: dict[int, NamedParameter] = {}
+
+    def add_group(self, names: Sequence[str], params: Sequence[Tensor]) -> None:
+        """The names of a new param group's parameters."""
+        taken = {named.fqn for named in chain.from_iterable(self.groups)}
+        group = []
+        for name, param in zip(names, params, strict=True):
+            plain = plain_fqn(name)
+            group.append(NamedParameter.of(name if plain in taken else plain, param))
+            taken.add(group[-1].fqn)
+        self.groups.append(group)
+        self._index()
+
+    def rename(self, names: Mapping[Tensor, str]) -> None:
+        """Give parameters the names they have in the model; those that are not in ``names`` keep theirs."""
+        for group in self.groups:
+            group[:] = [
+                replace(named, fqn=plain_fqn(names[named.param]) if named.param in names else named.fqn)
+                for named in group
+            ]
+        self._index()
+
+    def record_sharded(self) -> None:
+        """An engine shards those that require a gradient now."""
+        self.sharded = [
+            [named for named in group if named.param is not None and named.param.requires_grad] for group in self.groups
+        ]
+
+    def find(self, tensor: Tensor) -> NamedParameter | None:
+        """What a tensor is called; None if the constructor did not see it."""
+        named = self._by_id.get(id(tensor))
+        return named if named is not None and named.param is tensor else None
+
+    def _index(self) -> None:
+        self._by_id = {id(named.param): named for named in chain.from_iterable(self.groups)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._index()  # ids are of the process that pickled it
