@@ -32,13 +32,10 @@ MOVES = {
 }
 # Shards are cut between rows only, so that every bit is that of one process.
 ROWS = {"plain", "ddp", "ddp-names-of-wrapper", "fsdp2", "zero0-fp32", "zero0-bf16"}
-Results = dict[tuple[int, str], dict[str, Digests]]
+Results = dict[str, dict[str, Digests]]  # by checkpoint: once it is loaded ("saved"), and at the end ("end")
 
 
-def load_and_train(
-    rank: int, world_size: int, folder: Path, moves: list[tuple[str, str]]
-) -> dict[str, dict[str, Digests]]:
-    """By checkpoint: what there is once it is loaded, and at the end."""
+def load_and_train(rank: int, world_size: int, folder: Path, moves: list[tuple[str, str]]) -> Results:
     found = {}
     for source, engine in moves:
         is_elastic = engine.startswith("zero") and world_size != WRITTEN_BY and not source.endswith(RESHARDED)
@@ -51,21 +48,36 @@ def load_and_train(
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """One launch of ranks for all moves with as many."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("old")
     for archive in FIXTURES.glob("*.tar.xz"):
         with tarfile.open(archive) as content:
             content.extractall(folder / archive.name.removesuffix(".tar.xz"), filter="data")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def on_one_rank(folder: Path) -> Results:
+    return launch(1, folder)
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(folder: Path) -> Results:
+    return launch(2, folder)
+
+
+@pytest.fixture(scope="module")
+def on_three_ranks(folder: Path) -> Results:
     for source, engine in MOVES[3]:
         if source.endswith(RESHARDED):
             reshard(folder / engine, folder / source)
-    found: Results = {}
-    for world_size, moves in MOVES.items():
-        by_rank = run_ranks(load_and_train, world_size, folder, moves)
-        assert all(of_rank == by_rank[0] for of_rank in by_rank)
-        found |= {(world_size, source): moments for source, moments in by_rank[0].items()}
-    return found
+    return launch(3, folder)
+
+
+def launch(world_size: int, folder: Path) -> Results:
+    by_rank = run_ranks(load_and_train, world_size, folder, MOVES[world_size])
+    assert all(of_rank == by_rank[0] for of_rank in by_rank)
+    return by_rank[0]
 
 
 def reshard(source: Path, target: Path) -> None:
@@ -77,8 +89,23 @@ def reshard(source: Path, target: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [source for source, _ in MOVES[2]])
-def test_as_many_ranks_go_on_with_every_bit(name: str, results: Results) -> None:
-    assert_same(results[2, name], EXPECTED[name])
+def test_as_many_ranks_go_on_with_every_bit(name: str, on_two_ranks: Results) -> None:
+    assert_same(on_two_ranks[name], EXPECTED[name])
+
+
+@pytest.mark.parametrize("source, engine", MOVES[1])
+def test_one_rank_goes_on(source: str, engine: str, on_one_rank: Results) -> None:
+    assert_same_but_in_cut_rows(on_one_rank[source], source, engine, num_cuts=1)
+
+
+@pytest.mark.parametrize("source, engine", MOVES[3])
+def test_three_ranks_go_on(source: str, engine: str, on_three_ranks: Results) -> None:
+    assert_same_but_in_cut_rows(on_three_ranks[source], source, engine, num_cuts=1 + 2)
+
+
+@pytest.mark.parametrize("name", [engine for source, engine in MOVES[3] if source.endswith(RESHARDED)])
+def test_resharded_files_give_what_elastic_loading_gives(name: str, on_three_ranks: Results) -> None:
+    assert_same(on_three_ranks[name + RESHARDED], on_three_ranks[name])
 
 
 def assert_same(got: dict[str, Digests], expected: dict[str, Digests]) -> None:
@@ -88,27 +115,20 @@ def assert_same(got: dict[str, Digests], expected: dict[str, Digests]) -> None:
         assert not differing, (moment, sorted(differing))
 
 
-@pytest.mark.parametrize("world_size, source, engine", [(n, *move) for n in (1, 3) for move in MOVES[n]])
-def test_other_ranks_go_on_with_the_bits_of_one(world_size: int, source: str, engine: str, results: Results) -> None:
-    got, written = results[world_size, source], EXPECTED[source.removesuffix(RESHARDED)]
+def assert_same_but_in_cut_rows(got: dict[str, Digests], source: str, engine: str, num_cuts: int) -> None:
+    """Weights come exactly; then all is as in one process but for the rows of a matrix with a block that ranks cut.
+
+    Args:
+        num_cuts: Edges between the ranks that wrote it, and between these: each lies in one row of a matrix.
+    """
+    written = EXPECTED[source.removesuffix(RESHARDED)]
     of_one_process = EXPECTED["zero0-bf16" if "bf16" in source else "plain"]
     for name in [f"{name}.weight" for name in SHAPES]:
-        assert got["saved"][name] == written["saved"][name]  # in cut blocks, too
+        assert got["saved"][name] == written["saved"][name]
         assert name in got["end"]
     for moment, expected in of_one_process.items():
         if engine in ROWS:  # the state, too, is whole there
             assert got[moment].keys() == expected.keys()
         for name in got[moment].keys() & expected.keys():
             is_cut = source not in ROWS and len(expected[name].split()) > 1  # not vectors and steps
-            most = num_cut_rows(world_size) if is_cut else 0
-            assert num_differing(got[moment][name], expected[name]) <= most, (moment, name)
-
-
-def num_cut_rows(world_size: int) -> int:
-    """The most rows of a matrix that have a cut block, on the ranks that wrote it or on these."""
-    return WRITTEN_BY - 1 + world_size - 1
-
-
-@pytest.mark.parametrize("name", [engine for source, engine in MOVES[3] if source.endswith(RESHARDED)])
-def test_resharded_files_give_what_elastic_loading_gives(name: str, results: Results) -> None:
-    assert_same(results[3, name + RESHARDED], results[3, name])
+            assert num_differing(got[moment][name], expected[name]) <= is_cut * num_cuts, (moment, name)
