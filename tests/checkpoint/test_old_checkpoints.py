@@ -1,6 +1,6 @@
 """Checkpoints that earlier versions wrote: they load, and the training goes on as it did there, bit for bit.
 
-`tests/checkpoint/fixtures/make.py` made them, on 2 ranks.
+`tests/checkpoint/fixtures/make.py` made them, on 2 ranks ("plain": in one process).
 """
 
 from __future__ import annotations
