@@ -16,6 +16,7 @@ from .checkpoint.reshard import Resharder
 from .engines.collectives import raise_together
 from .engines.deepspeed import filled_param_groups, load_untrained, publish_master_weights, whitelist
 from .errors import CheckpointMismatchError
+from .layout import plain_fqn
 from .optimizer import MicroAdam
 
 
@@ -80,7 +81,7 @@ def _require_same_parameters(engine: Any, checkpoint: DeepSpeedCheckpoint) -> No
     """Every tensor of the module must be in the checkpoint, trained or not."""
     trained = {span.fqn for shards in checkpoint.shards for shard in shards for span in shard.layout.spans}
     there = trained | set(checkpoint.untrained_tensors())
-    missing = [name for name, _ in engine.module.named_parameters() if name not in there]
+    missing = [name for name, _ in engine.module.named_parameters() if plain_fqn(name) not in there]
     if missing:
         raise CheckpointMismatchError(
             f"parameters {missing[:3]} (of {len(missing)}) are not in {checkpoint.folder}: it belongs to another model."

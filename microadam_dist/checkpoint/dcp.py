@@ -22,7 +22,7 @@ from torch import Tensor
 from ..arithmetic.state import state_specs
 from ..config import MicroAdamConfig
 from ..errors import CheckpointMismatchError
-from ..layout import ShardSpan, StateLayout
+from ..layout import ShardSpan, StateLayout, plain_fqn
 from .format import FORMAT, LAYOUT_KEY
 from .reshard import Resharder, SourceShard
 
@@ -51,7 +51,7 @@ def write_state(
         (span,) = layout.spans
         parameters[span.fqn] = {"shape": span.global_shape, "settings": layout.config.structural}
         if state is not None and span.numel:
-            saved |= {_key(span, name): state[name] for name in ("step", *layout.tensors)}
+            saved |= {_key(span.fqn, span, name): state[name] for name in ("step", *layout.tensors)}
     header = {"format": FORMAT, "world_size": world_size, "param_groups": param_groups, "parameters": parameters}
     from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -88,13 +88,14 @@ class SavedState:
                 "microadam_dist that wrote it."
             )
         self.param_groups: list[dict[str, Any]] = header["param_groups"]
-        self._parameters: dict[str, Any] = header["parameters"]
+        self._parameters: dict[str, Any] = {plain_fqn(name): saved for name, saved in header["parameters"].items()}
+        self._stored_names = {plain_fqn(name): name for name in header["parameters"]}  # 0.1.0 kept DDP's "module."
         self._intervals: dict[str, set[tuple[int, int]]] = defaultdict(set)
         for key in keys:
             if key != LAYOUT_KEY:
                 fqn, interval, _ = key.rsplit("|", 2)
                 start, end = map(int, interval.split("-"))
-                self._intervals[fqn].add((start, end))
+                self._intervals[plain_fqn(fqn)].add((start, end))
 
     def states(self, layouts: Sequence[StateLayout]) -> list[dict[str, Tensor] | None]:
         """State of local tensors with these layouts, flat, on the CPU; None for one that was never stepped.
@@ -105,9 +106,9 @@ class SavedState:
         needed = {layout.spans[0]: self._overlapping(layout.spans[0]) for layout in layouts}
         wanted: dict[str, Tensor] = {}
         for source in {source for sources in needed.values() for source in sources}:
-            wanted[_key(source.spans[0], "step")] = torch.zeros((), dtype=torch.int64)
+            wanted[self._key(source.spans[0], "step")] = torch.zeros((), dtype=torch.int64)
             for name, (dtype, numel) in state_specs(source).items():
-                wanted[_key(source.spans[0], name)] = torch.empty(numel, dtype=dtype)
+                wanted[self._key(source.spans[0], name)] = torch.empty(numel, dtype=dtype)
         try:
             self._load(wanted)
         except Exception as error:
@@ -140,9 +141,12 @@ class SavedState:
             (span,) = layout.spans
             stepped = (span.start, span.start + span.numel) in self._intervals[span.fqn]
             names = ("step", *layout.tensors)
-            state = {name: loaded[_key(span, name)] for name in names} if stepped else None
+            state = {name: loaded[self._key(span, name)] for name in names} if stepped else None
             shards.append(SourceShard(layout, state, torch.empty(0), str(self._folder)))
         return shards
+
+    def _key(self, span: ShardSpan, name: str) -> str:
+        return _key(self._stored_names[span.fqn], span, name)
 
     def _load(self, wanted: dict[str, Any]) -> dict[str, Any]:
         from torch.distributed.checkpoint.state_dict_loader import load
@@ -151,5 +155,5 @@ class SavedState:
         return wanted
 
 
-def _key(span: ShardSpan, name: str) -> str:
-    return f"{span.fqn}|{span.start}-{span.start + span.numel}|{name}"
+def _key(fqn: str, span: ShardSpan, name: str) -> str:
+    return f"{fqn}|{span.start}-{span.start + span.numel}|{name}"

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..arithmetic.state import flatten_state
 from ..errors import CheckpointMismatchError
-from ..layout import StateLayout
+from ..layout import StateLayout, plain_fqn
 from .format import LAYOUT_KEY, read_layouts
 from .reshard import SourceShard
 
@@ -59,15 +59,15 @@ class DeepSpeedCheckpoint:
         return groups
 
     def untrained_tensors(self) -> dict[str, Tensor]:
-        """What no optimizer state describes, whole: buffers, frozen parameters, parameters never stepped."""
+        """What no optimizer state describes, whole: buffers, frozen and never stepped parameters; by `plain_fqn`."""
         trained = {span.fqn for shards in self.shards for shard in shards for span in shard.layout.spans}
         first = self.model_states[0]
-        found = {name: tensor for name, tensor in first["module"].items() if name not in trained}
+        found = {name: tensor for name, tensor in _module(first).items() if name not in trained}
         if self.stage == 3:  # parameters are empty there
-            found = {name: found[name] for name in first["buffer_names"]}
+            found = {name: found[name] for name in map(plain_fqn, first["buffer_names"])}
         for name, shape in (first.get("frozen_param_shapes") or {}).items():
             fragments = [states["frozen_param_fragments"][name].flatten() for states in self.model_states]
-            found[name] = torch.cat(fragments)[: shape.numel()].view(shape)
+            found[plain_fqn(name)] = torch.cat(fragments)[: shape.numel()].view(shape)
         return found
 
     @property
@@ -160,9 +160,14 @@ def _stage0_shards(path: Path, states: Mapping[str, Any]) -> list[SourceShard]:
         weights = [tensor.flatten() for group in optimizer["fp32_groups"] for tensor in group]
         return _shards(path, base, weights)
     return [
-        SourceShard(layout, _flat_state(base, index), states["module"][layout.spans[0].fqn].flatten(), str(path))
+        SourceShard(layout, _flat_state(base, index), _module(states)[layout.spans[0].fqn].flatten(), str(path))
         for index, layout in _layouts(path, base).items()
     ]
+
+
+def _module(states: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The module's tensors, by the names that spans have."""
+    return {plain_fqn(name): tensor for name, tensor in states["module"].items()}
 
 
 def _shards(path: Path, base: Mapping[str, Any], weights: Sequence[Tensor]) -> list[SourceShard]:

@@ -19,7 +19,7 @@ from ..arithmetic.state import shape_state, state_specs
 from ..config import MicroAdamConfig
 from ..engines.cuts import zero3_shard, zero12_shard
 from ..errors import CheckpointMismatchError, ConfigError
-from ..layout import FlatShard, StateLayout, even_share
+from ..layout import FlatShard, StateLayout, even_share, plain_fqn
 from .deepspeed import DeepSpeedCheckpoint, read_checkpoint
 from .format import LAYOUT_KEY, describe_layouts
 from .reshard import Resharder, SourceShard
@@ -135,7 +135,9 @@ class _Writer:
         fragments = {}
         for name, shape in (model["frozen_param_shapes"] or {}).items():
             share = even_share(shape.numel(), self.world_size)
-            padded = torch.nn.functional.pad(whole[name].flatten(), (0, share * self.world_size - shape.numel()))
+            padded = torch.nn.functional.pad(
+                whole[plain_fqn(name)].flatten(), (0, share * self.world_size - shape.numel())
+            )
             fragments[name] = padded[rank * share : (rank + 1) * share].clone()
         model["frozen_param_fragments"] = fragments
         torch.save(model, folder / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..config import MicroAdamConfig
 from ..errors import CheckpointMismatchError, MicroAdamError
-from ..layout import ShardSpan, StateLayout
+from ..layout import ShardSpan, StateLayout, plain_fqn
 
 # The entry's key in a state dict.
 LAYOUT_KEY = "microadam"
@@ -52,7 +52,7 @@ def read_layouts(entry: Mapping[str, Any]) -> dict[int, StateLayout]:
     try:
         return {
             int(index): StateLayout(
-                tuple(ShardSpan(fqn, tuple(shape), *interval) for fqn, shape, *interval in tensor["spans"]),
+                tuple(ShardSpan(plain_fqn(fqn), tuple(shape), *interval) for fqn, shape, *interval in tensor["spans"]),
                 MicroAdamConfig.from_dict(tensor["settings"]),
             )
             for index, tensor in entry["tensors"].items()

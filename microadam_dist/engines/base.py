@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 import torch.distributed as dist
 from torch import Tensor
@@ -178,6 +178,9 @@ class ExchangedBytes:
     dense: int = 0
 
 
+ShardState: TypeAlias = "bool | dist.ProcessGroup | DeviceMesh | None"  # see `MicroAdam`
+
+
 @dataclass(frozen=True)
 class ExchangeSettings:
     """How new weights reach other ranks, as the user has set it; see `MicroAdam`.
@@ -187,7 +190,7 @@ class ExchangeSettings:
     """
 
     sparse_allgather: bool = False
-    shard_state: bool | dist.ProcessGroup | DeviceMesh | None = False
+    shard_state: ShardState = False
     weight_exchange: str = "touched"
 
     def __post_init__(self) -> None:

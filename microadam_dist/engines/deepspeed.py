@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import ConfigError, UnsupportedLayoutError
-from ..layout import ShardSpan
+from ..layout import ShardSpan, plain_fqn
 from . import deepspeed_sparse
 from .base import ExchangingOptimizer, Place, Shard
 from .names import NamedParameter
@@ -259,7 +259,10 @@ def load_untrained(engine: Any, tensors: Mapping[str, Tensor]) -> None:
     """Copy whole buffers and frozen parameters into the module; under ZeRO-3 into each rank's part."""
     import deepspeed
 
-    parameters, buffers = dict(engine.module.named_parameters()), dict(engine.module.named_buffers())
+    parameters, buffers = (
+        {plain_fqn(name): tensor for name, tensor in named}
+        for named in (engine.module.named_parameters(), engine.module.named_buffers())
+    )
     with torch.no_grad():
         for name, tensor in tensors.items():
             if name in buffers:

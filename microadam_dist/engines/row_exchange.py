@@ -15,7 +15,7 @@ import math
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,7 @@ from torch import Tensor
 from ..config import MicroAdamConfig
 from ..errors import ConfigError
 from ..layout import ShardSpan, StateLayout
-from .base import ExchangedBytes, ExchangeSettings, Replay, Replayed, Rows, Update, WeightExchange
+from .base import ExchangedBytes, ExchangeSettings, Replay, Replayed, Rows, ShardState, Update, WeightExchange
 from .changes import compare, exchange, pieces
 from .replicated import ReplicatedShard
 
@@ -63,17 +63,19 @@ class RowExchange(ABC):
         ConfigError: No such ranks.
     """
 
-    def __init__(self, ranks: Any, counted: ExchangedBytes) -> None:
+    def __init__(self, ranks: ShardState, counted: ExchangedBytes) -> None:
         if not (dist.is_available() and dist.is_initialized()):
             raise ConfigError(
                 "shard_state is given, but torch.distributed is not initialized: there are no ranks to share the "
                 "state. Construct MicroAdam after torch.distributed.init_process_group, or remove shard_state."
             )
-        if getattr(ranks, "ndim", 1) != 1:
+        from torch.distributed.device_mesh import DeviceMesh
+
+        if isinstance(ranks, DeviceMesh) and ranks.ndim != 1:
             raise ConfigError(f"shard_state={ranks}: expected a mesh with one axis, for example mesh['dp'].")
-        if ranks is not True and not isinstance(ranks, dist.ProcessGroup) and not hasattr(ranks, "get_group"):
+        if ranks is not True and not isinstance(ranks, dist.ProcessGroup | DeviceMesh):
             raise ConfigError(f"shard_state={ranks!r}: expected true, false, a process group or a DeviceMesh.")
-        self._ranks = ranks
+        self._ranks = dist.group.WORLD if ranks is True else ranks
         self._counted = counted
         self._meshes: dict[str, DeviceMesh] = {}
         self._agreed: set[Tensor] = set()  # parameters whose weights were equal on all ranks when the state was made
@@ -83,15 +85,12 @@ class RowExchange(ABC):
 
     def mesh(self, device_type: str) -> DeviceMesh:
         """The ranks, for parameters on such a device."""
-        if hasattr(self._ranks, "get_group"):
-            mesh: DeviceMesh = self._ranks
-            return mesh
+        if not isinstance(self._ranks, dist.ProcessGroup):
+            return self._ranks
         if device_type not in self._meshes:
             from torch.distributed.device_mesh import DeviceMesh
 
-            group = dist.group.WORLD if self._ranks is True else self._ranks
-            assert group is not None
-            self._meshes[device_type] = DeviceMesh.from_group(group, device_type)
+            self._meshes[device_type] = DeviceMesh.from_group(self._ranks, device_type)
         return self._meshes[device_type]
 
     def forget(self, tensor: Tensor) -> None:
@@ -216,7 +215,7 @@ class TouchedExchange(RowExchange):
 class NewestExchange(RowExchange):
     """Sends the newest slot of the window, from which every rank updates the weights."""
 
-    def __init__(self, ranks: Any, counted: ExchangedBytes) -> None:
+    def __init__(self, ranks: ShardState, counted: ExchangedBytes) -> None:
         super().__init__(ranks, counted)
         self._replicas: dict[Tensor, Replica] = {}
 

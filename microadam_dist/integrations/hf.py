@@ -6,11 +6,10 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..diagnostics.report import PREFIX
 from ..errors import ConfigError
 from ..optimizer import MicroAdam
 from .wrappers import find_microadam
-
-PREFIX = "microadam/"
 
 
 class MetricsCallback(TrainerCallback):

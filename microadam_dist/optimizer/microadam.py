@@ -14,7 +14,7 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 from ..backends.base import CapturableBackend, DeviceInputs, TensorStep, select_backend
 from ..config import SETTING_NAMES, MicroAdamConfig, reject_unknown_settings
 from ..diagnostics.metrics import Meter
-from ..engines.base import ExchangedBytes, ExchangeSettings, Replayed, Rows, Shard
+from ..engines.base import ExchangedBytes, ExchangeSettings, Replayed, Rows, Shard, ShardState
 from ..engines.collectives import any_rank
 from ..engines.find import introduce
 from ..engines.names import ParameterNames
@@ -82,7 +82,7 @@ class MicroAdam(Optimizer):
         packed_window: bool = False,
         backend: str = "auto",
         sparse_allgather: bool = False,
-        shard_state: Any = False,
+        shard_state: ShardState = False,
         weight_exchange: str = "touched",
         capturable: bool = False,
         metrics_every: int = 0,

@@ -44,7 +44,6 @@ LAZILY = {
     "huggingface_hub": "cli.plan",
     "matplotlib": "planner.plot bench.plot diagnostics.report",
     "cuda": "backends.cuda backends.nvrtc",
-    "numpy": "backends.cuda backends.cpu",
 }
 
 
