@@ -75,7 +75,9 @@ class RowExchange(ABC):
             raise ConfigError(f"shard_state={ranks}: expected a mesh with one axis, for example mesh['dp'].")
         if ranks is not True and not isinstance(ranks, dist.ProcessGroup | DeviceMesh):
             raise ConfigError(f"shard_state={ranks!r}: expected true, false, a process group or a DeviceMesh.")
-        self._ranks = dist.group.WORLD if ranks is True else ranks
+        everyone = dist.group.WORLD
+        assert everyone is not None  # it is initialized
+        self._ranks: dist.ProcessGroup | DeviceMesh = everyone if ranks is True else ranks
         self._counted = counted
         self._meshes: dict[str, DeviceMesh] = {}
         self._agreed: set[Tensor] = set()  # parameters whose weights were equal on all ranks when the state was made
