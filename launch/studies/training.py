@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from transformers import get_scheduler
 
 from microadam_dist.arithmetic.blocks import block_views
-from microadam_dist.arithmetic.error_feedback import decode_error
+from microadam_dist.arithmetic.step import stored_error
 from microadam_dist.config import MicroAdamConfig
 from microadam_dist.layout import ShardSpan, StateLayout
 
@@ -97,8 +97,7 @@ def _norms(optimizer: Optimizer) -> dict[str, float]:
                 for run in layout.runs:
                     weights, grad = param.detach().view(-1), param.grad.view(-1)
                     views = block_views(layout, run, weights, grad, flat, range(run.rows))
-                    ranges = (tensor.flatten(0, 1).float() for tensor in (views.bucket_lo, views.bucket_hi))
-                    error = decode_error(views.codes.flatten(0, 1), *ranges, layout, run.numel)
-                    error_square += float(error.square().sum())
+                    error = stored_error(views, config)
+                    error_square += 0.0 if error is None else float(error.square().sum())
             grad_square += float(param.grad.square().sum())
     return {"grad_norm": math.sqrt(grad_square), "error_norm": math.sqrt(error_square)}

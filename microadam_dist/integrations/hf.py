@@ -9,7 +9,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from ..diagnostics.report import PREFIX
 from ..errors import ConfigError
 from ..optimizer import MicroAdam
-from .wrappers import find_microadam
+from .wrappers import innermost
 
 
 class MetricsCallback(TrainerCallback):
@@ -45,8 +45,7 @@ class MetricsCallback(TrainerCallback):
         control.should_log = should_log
 
     def _optimizer(self) -> MicroAdam:
-        optimizer = find_microadam(self._trainer.optimizer)
-        if optimizer is None:
-            got = type(self._trainer.optimizer)
-            raise ConfigError(f"MetricsCallback logs the metrics of MicroAdam; the optimizer is {got}.")
+        optimizer = innermost(self._trainer.optimizer)
+        if not isinstance(optimizer, MicroAdam):
+            raise ConfigError(f"MetricsCallback logs the metrics of MicroAdam; the optimizer is {type(optimizer)}.")
         return optimizer

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointMismatchError
+from ..optimizer import MicroAdam
 from ..optimizer.sharded_files import load_sharded, save_sharded
-from .wrappers import find_microadam
+from .wrappers import innermost
 
 FOLDER = "microadam_state"
 
@@ -53,8 +54,8 @@ def keep_sharded_state(accelerator: Any) -> None:
     def load(models: Any, input_dir: str) -> None:
         for index, optimizer in enumerate(accelerator._optimizers):
             folder = Path(input_dir, f"{FOLDER}_{index}")
-            microadam = find_microadam(optimizer)
-            if microadam is not None and microadam.is_saved_apart and not folder.is_dir():
+            microadam = innermost(optimizer)
+            if isinstance(microadam, MicroAdam) and microadam.is_saved_apart and not folder.is_dir():
                 raise CheckpointMismatchError(
                     f"{folder} is not there: the checkpoint was saved without keep_sharded_state(accelerator), and "
                     "what Accelerate saves has no place for the state of MicroAdam. Start with its weights only."
@@ -62,17 +63,17 @@ def keep_sharded_state(accelerator: Any) -> None:
             _load(optimizer, folder)
 
     for optimizer in accelerator._optimizers:
-        if (microadam := find_microadam(optimizer)) is not None:
+        if isinstance(microadam := innermost(optimizer), MicroAdam):
             microadam.loads_shards_later = True  # under FSDP the hook is called after the optimizer's load_state_dict
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
 
 
 def _save(optimizer: Any, folder: Path) -> None:
-    if (microadam := find_microadam(optimizer)) is not None and microadam.is_saved_apart:
+    if isinstance(microadam := innermost(optimizer), MicroAdam) and microadam.is_saved_apart:
         save_sharded(microadam, folder)
 
 
 def _load(optimizer: Any, folder: Path) -> None:
-    if (microadam := find_microadam(optimizer)) is not None and folder.is_dir():
+    if isinstance(microadam := innermost(optimizer), MicroAdam) and folder.is_dir():
         load_sharded(microadam, folder)

@@ -7,10 +7,8 @@ from typing import Any
 from ..optimizer import MicroAdam
 
 
-def find_microadam(optimizer: Any) -> MicroAdam | None:
-    """The `MicroAdam` under any number of wrappers; None: there is another optimizer."""
-    while not isinstance(optimizer, MicroAdam):
-        if not hasattr(optimizer, "optimizer"):
-            return None
+def innermost(optimizer: Any) -> Any:
+    """The optimizer under any number of wrappers."""
+    while not isinstance(optimizer, MicroAdam) and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer

@@ -104,18 +104,19 @@ class MicroAdam(Optimizer):
         defaults = _with_numbers(defaults, MicroAdamConfig.from_dict(defaults))
         if not isinstance(capturable, bool):
             raise ConfigError(f"capturable={capturable!r}: expected true or false.")
-        self.exchange_settings = ExchangeSettings(sparse_allgather, shard_state, weight_exchange)
+        exchange_settings = ExchangeSettings(sparse_allgather, shard_state, weight_exchange)
         if capturable and backend not in ("auto", "cuda"):
             raise ConfigError(f'capturable=True with backend={backend!r}: only backend="cuda" can be captured.')
-        if capturable and self.exchange_settings.shards_state:
+        if capturable and exchange_settings.shards_state:
             raise ConfigError("capturable=True with shard_state: the exchange of weights cannot be captured.")
         if capturable and metrics_every:
             raise ConfigError("capturable=True with metrics_every: what is measured is read on the host.")
         super().__init__(params, defaults)
         self.capturable = capturable
+        self.exchange_settings = exchange_settings
         self.exchanged_bytes = ExchangedBytes()
         self._backend = select_backend("cuda" if capturable else backend)
-        self._exchange = make_exchange(self.exchange_settings, self.exchanged_bytes)
+        self._exchange = make_exchange(exchange_settings, self.exchanged_bytes)
         self._sharded = ShardedState(self._exchange, counts_on_device=capturable)
         self._sharded.bind(self)
         self._meter = Meter(metrics_every) if metrics_every else None

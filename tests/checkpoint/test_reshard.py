@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from microadam_dist import CheckpointMismatchError, MicroAdamConfig
-from microadam_dist.arithmetic.error_feedback import decode_error
+from microadam_dist.arithmetic.error_feedback import StoredError, decode_error
 from microadam_dist.arithmetic.state import allocate_state
 from microadam_dist.arithmetic.window import Slot, decode_slot
 from microadam_dist.backends.base import TensorStep
@@ -171,8 +171,8 @@ def test_a_cut_block_keeps_its_error_and_its_largest_entries(config: MicroAdamCo
         parts = []
         for block in (block for key, block in sorted(blocks([shard]).items()) if 256 <= key[1] < 512):
             numel = len(block["weights"])
-            lo, hi = (block[name][None].float() for name in ("bucket_lo", "bucket_hi"))
-            parts.append(decode_error(block["codes"][None], lo, hi, shard.layout, numel)[0])
+            stored = StoredError(*(block[name][None] for name in ("codes", "bucket_lo", "bucket_hi")))
+            parts.append(decode_error(stored, numel, bits=config.ef_bits, bucket_size=config.bucket_size)[0])
         return torch.cat(parts)
 
     generator = torch.Generator().manual_seed(0)

@@ -137,7 +137,7 @@ def run_row(row: Row, rank: int) -> Record:
             engine.backward(engine(grads))
             engine.step()
     record.after = [interval for found in after.values() for interval in found]
-    record.cuts = cut_intervals(optimizer._layouts.values())
+    record.cuts = cut_intervals(optimizer._sharded._layouts.values())
     engine.destroy()
     return record
 

@@ -82,7 +82,7 @@ def expected_metrics(oracle: ScalarMicroAdam, param: Tensor, grad: Tensor, step:
 )
 def test_against_scalar_arithmetic(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """All of 30 blocks are sampled; one block is not finite in the fourth step."""
-    monkeypatch.setattr("microadam_dist.layout.MIN_SAMPLED_BLOCKS", 30)
+    monkeypatch.setattr("microadam_dist.layout.state.MIN_SAMPLED_BLOCKS", 30)
     param = make_params([(10, 600)])[0]
     config = MicroAdamConfig(**{"block_size": 200, "window_size": 4, **settings})
     oracle = ScalarMicroAdam([((10, 600), 0, 6000, 0)], config, "float32")

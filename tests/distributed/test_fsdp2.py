@@ -191,7 +191,7 @@ def _check_swapped_parameters(expected: Expected) -> None:
     assert optimizer.state_dict()["state"] == {}
     for group in optimizer.param_groups:
         group["params"] = [torch.empty(1) for _ in group["params"]]
-    constructed = optimizer._constructed[0][0]
+    constructed = optimizer.names.groups[0][0]
     shard(model)
     gc.collect()
     assert constructed.param is None  # the unsharded weights can go

@@ -88,8 +88,8 @@ def is_allowed(module: str, imported: Import) -> bool:
     top = imported.name.split(".")[0]
     if top == "microadam_dist":
         target = imported.name.removeprefix("microadam_dist").removeprefix(".")
-        allowed = ALLOWED.get(module, ALLOWED[room_of(module)] | {room_of(module)})
-        return bool({target, room_of(target)} & allowed)
+        allowed = ALLOWED.get(module, ALLOWED[room_of(module)])
+        return room_of(target) == room_of(module) or bool({target, room_of(target)} & allowed)
     if top in sys.stdlib_module_names:
         return True
     if matches(module, STANDARD_LIBRARY_ONLY):
