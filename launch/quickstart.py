@@ -20,8 +20,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from texts import python_reference, stdlib_source
-from train import free_port
+from training.environment import free_port
+from training.sample_texts import python_reference, stdlib_source
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "runs" / "quickstart"

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-from .results import Row
+from .runs import Row
 
 _COLORS = colormaps["tab20"].colors
 _MARKERS = "osD^vPX*<>"

@@ -14,7 +14,7 @@ import yaml
 
 from . import plots
 from .config import DigitsTask, Task
-from .results import Row, StudyReport, baseline_loss
+from .runs import Row, StudyReport, baseline_loss
 
 TEMPLATES = Path(__file__).parent
 

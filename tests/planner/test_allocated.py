@@ -18,8 +18,7 @@ from microadam_dist.layout import fsdp1_shard
 from microadam_dist.planner.engines import Engine, Precision
 from microadam_dist.planner.memory import RankMemory, rank_memory
 from microadam_dist.planner.shapes import Shapes
-from tests.distributed.models import SETTINGS, SHAPES, backward, make_model, shard
-from tests.distributed.test_fsdp1 import wrap
+from tests.distributed.models import SETTINGS, SHAPES, backward, make_model, shard, wrap
 from tests.ranks import run_ranks
 
 WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {

@@ -20,7 +20,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from settings import UserError
+from .errors import UserError
 
 IGNORED = -100
 TEXT_SUFFIXES = (".txt", ".md", ".py")

@@ -1,8 +1,8 @@
 """Prints the README's memory tables, or the page of plans, computed by the layout arithmetic that allocates the state.
 
-python launch/memory_table.py state
-python launch/memory_table.py plans
-python launch/memory_table.py page > configs/models/MEMORY.md
+python launch/bench/memory_table.py state
+python launch/bench/memory_table.py plans
+python launch/bench/memory_table.py page > launch/bench/results/MEMORY.md
 """
 
 from collections.abc import Iterator
@@ -111,7 +111,7 @@ def plan_table() -> Iterator[str]:
 INTRODUCTION = f"""\
 # Memory of full fine-tuning, planned
 
-Written by `python launch/memory_table.py page`. One plan in detail: `microadam plan --help`.
+Written by `python launch/bench/memory_table.py page`. One plan in detail: `microadam plan --help`.
 
 Peak of tensors on the fullest GPU in GiB (2^30 bytes) with **MicroAdam** / 8-bit AdamW / AdamW, and below it the
 smallest class of GPU that fits each: one that has room for the peak, {FRAGMENTATION:.0%} fragmentation and

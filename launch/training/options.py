@@ -13,9 +13,7 @@ from typing import Annotated, Any
 
 from typer import Option
 
-
-class UserError(Exception):
-    """A mistake that the message alone explains: shown without a stack trace."""
+from .errors import UserError
 
 
 class OptimizerName(str, Enum):

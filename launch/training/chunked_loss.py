@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from data import IGNORED
 from microadam_dist.planner.shapes import SUPPORTED_MODEL_TYPES
-from settings import UserError
+
+from .errors import UserError
+from .packing import IGNORED
 
 
 def use_chunked_loss(model: PreTrainedModel, chunk: int) -> None:

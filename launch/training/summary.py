@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import Trainer
 
-from callbacks import OptimizerTimer, StepTimer, base_optimizer, peak_memory
+from .callbacks import OptimizerTimer, StepTimer, base_optimizer, peak_memory
 
 PACKAGES = ("microadam-dist", "torch", "deepspeed", "transformers", "accelerate")
 

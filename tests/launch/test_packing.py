@@ -7,18 +7,12 @@ from pathlib import Path
 
 import pytest
 
-LAUNCH = Path(__file__).parents[2] / "launch"
 END, IGNORED = 256, -100
 
 
-@pytest.fixture(autouse=True)
-def launch_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(LAUNCH))
-
-
 def pack(sources: list[Path], seq_len: int) -> tuple[list[int], list[int]]:
-    from data import byte_tokenizer, read_documents
-    from data import pack as pack_documents
+    from training.packing import byte_tokenizer, read_documents
+    from training.packing import pack as pack_documents
 
     blocks = pack_documents(read_documents(map(str, sources)), byte_tokenizer(), seq_len)
     assert blocks.shape[1:] == (2, seq_len)
@@ -47,7 +41,7 @@ def test_prompts_are_masked_from_the_loss(tmp_path: Path) -> None:
 def test_byte_tokenizer_survives_saving(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    from data import byte_tokenizer
+    from training.packing import byte_tokenizer
 
     byte_tokenizer().save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
@@ -68,7 +62,7 @@ def test_byte_tokenizer_survives_saving(tmp_path: Path) -> None:
     ],
 )
 def test_bad_data_is_named(name: str, content: str, message: str, tmp_path: Path) -> None:
-    from settings import UserError
+    from training.errors import UserError
 
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message):
