@@ -63,7 +63,7 @@ README_JOBS = (
     "ZeRO-3, fp32 copy",
     "ZeRO-3, bf16 copy",
 )
-# Model, window size, bytes of state a parameter: of the paper, and without a window.
+# Model, window size, bytes of state per parameter: of the paper, and without a window.
 PAPER = (("Llama-2 7B", 10, 0.9), ("Llama-2 13B", 10, 0.9), ("Llama-2 7B", 1, 0.5625), ("Llama-2 13B", 1, 0.5625))
 
 
@@ -74,9 +74,9 @@ def whole_state(shape: LlamaShape, optimizer: Optimizer, config: MicroAdamConfig
 
 
 def state_table() -> Iterator[str]:
-    """One row an optimizer, one column a model."""
+    """One row per optimizer, one column per model."""
     models = [LLAMAS[name] for name in README_MODELS]
-    yield f"| optimizer state | bytes a parameter | {' | '.join(README_MODELS)} |"
+    yield f"| optimizer state | bytes per parameter | {' | '.join(README_MODELS)} |"
     yield "|---|---|" + "---|" * len(models)
     default = MicroAdamConfig()
     rows = [
@@ -95,7 +95,7 @@ def state_table() -> Iterator[str]:
 
 
 def plan_table() -> Iterator[str]:
-    """Peaks with MicroAdam and AdamW: one row an engine, one column a model and number of GPUs."""
+    """Peaks with MicroAdam and AdamW: one row per engine, one column per model and number of GPUs."""
     columns = [(name, count) for name in PLANNED_MODELS for count in GPU_COUNTS]
     titles = [f"{name.split()[-1]}, {count} GPU{'s' * (count > 1)}" for name, count in columns]
     yield f"| | {' | '.join(titles)} |"
@@ -123,11 +123,11 @@ Weights, optimizer state and the gradients it is given are exact to the byte; bu
 BESIDE_THE_PAPER = """
 ## Beside the paper
 
-One GPU, bf16 weights, gradient release, before activations. The paper counts 0.5 bytes of error feedback a parameter
-and 4 bytes a kept value, 0.9 bytes in all, which leaves out the ranges of the quantization buckets (0.0625 bytes at
+One GPU, bf16 weights, gradient release, before activations. The paper counts 0.5 bytes of error feedback per parameter
+and 4 bytes per kept value, 0.9 bytes in all, which leaves out the ranges of the quantization buckets (0.0625 bytes at
 bucket_size 64). It also leaves out the gradient that is alive while its weight is updated.
 
-| | window_size | bytes a parameter | weights + state | planned weights | state | both | and a gradient |
+| | window_size | bytes per parameter | weights + state | planned weights | state | both | and a gradient |
 |---|---|---|---|---|---|---|---|"""
 
 

@@ -139,7 +139,7 @@ def adamw_class(choice: Choice) -> Callable[..., Optimizer]:
 
 
 def release_any(model: torch.nn.Module, make: Callable[..., Optimizer], clock: OptimizerClock) -> list[Optimizer]:
-    """One optimizer a parameter, stepped as soon as there is a gradient: gradient release for any optimizer."""
+    """One optimizer per parameter, stepped as soon as there is a gradient: gradient release for any optimizer."""
     optimizers = {param: make([param]) for param in model.parameters()}
 
     def update(param: torch.Tensor) -> None:

@@ -27,7 +27,7 @@ class Cell(NamedTuple):
 
 
 class Results:
-    """The file of finished runs, one JSON record a line.
+    """The file of finished runs, one JSON record per line.
 
     Args:
         path: The file; a last line that was cut off is ignored.

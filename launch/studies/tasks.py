@@ -35,7 +35,7 @@ _DIGITS_SPLIT = (0.6, 0.2, 0.2)
 
 
 class Losses(NamedTuple):
-    """Mean loss in nats a token or image, and the fraction of right predictions."""
+    """Mean loss in nats per token or image, and the fraction of right predictions."""
 
     loss: float
     accuracy: float

@@ -149,7 +149,7 @@ def has_steps_left(checkpoint: Path, num_steps: int | None) -> bool:
 
 
 class LossProgress(ProgressCallback):
-    """Trainer's progress bar with losses, speed and peak memory beside it, instead of a dictionary a line."""
+    """Trainer's progress bar with losses, speed and peak memory beside it, instead of a dictionary per line."""
 
     def __init__(self, timer: StepTimer, tokens_a_step: int) -> None:
         super().__init__()

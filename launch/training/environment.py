@@ -34,7 +34,7 @@ def prepare_environment(deepspeed: bool) -> bool:
     num_gpus = torch.cuda.device_count()
     num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if 0 < num_gpus < num_ranks:
-        raise UserError(f"{num_ranks} ranks for {num_gpus} GPU(s): start one rank a GPU")
+        raise UserError(f"{num_ranks} ranks for {num_gpus} GPU(s): start one rank per GPU")
     if "RANK" not in os.environ:
         if num_gpus:
             os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # or Trainer falls back on torch.nn.DataParallel

@@ -96,8 +96,8 @@ class Options:
     ] = None
     steps: Annotated[int | None, _run(min=1, help="Optimizer steps; else --epochs.")] = None
     epochs: Annotated[float, _run(help="Passes over the data.")] = 1.0
-    batch_size: Annotated[int | None, _run(min=1, help="Sequences a rank and micro-batch. Default 1.")] = None
-    grad_accum: Annotated[int | None, _run(min=1, help="Micro-batches an optimizer step. Default 1.")] = None
+    batch_size: Annotated[int | None, _run(min=1, help="Sequences per rank and micro-batch. Default 1.")] = None
+    grad_accum: Annotated[int | None, _run(min=1, help="Micro-batches per optimizer step. Default 1.")] = None
     dtype: Annotated[
         Dtype | None,
         _run(

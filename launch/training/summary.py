@@ -135,18 +135,18 @@ def report(metrics: Metrics, output: Path, console: Console) -> None:
 def _rows(metrics: Metrics) -> list[tuple[str, str]]:
     state = metrics.state
     rows = [
-        ("held-out loss", f"{metrics.heldout_before:.4f} -> {metrics.heldout_after:.4f} nats a token"),
+        ("held-out loss", f"{metrics.heldout_before:.4f} -> {metrics.heldout_after:.4f} nats per token"),
         ("speed", f"{metrics.tokens_per_second:,.0f} tokens/s"),
         ("  without the optimizer", f"{metrics.tokens_per_second_without_optimizer:,.0f} tokens/s"),
         ("training time", f"{metrics.seconds:.1f} s"),
         ("  of the optimizer", f"{100 * metrics.optimizer_seconds / (metrics.seconds or 1):.1f} %"),
-        ("peak memory a rank", f"{metrics.peak_memory_bytes / 2**20:,.0f} MiB"),
+        ("peak memory per rank", f"{metrics.peak_memory_bytes / 2**20:,.0f} MiB"),
         ("trained parameters", f"{metrics.num_params:,}"),
-        ("optimizer state, all ranks", f"{state.state_bytes_per_param:.3f} bytes a parameter"),
+        ("optimizer state, all ranks", f"{state.state_bytes_per_param:.3f} bytes per parameter"),
     ]
     if state.sparse_bytes_per_param is not None:
-        rows.append(("  sparse path", f"{state.sparse_bytes_per_param:.3f} bytes a parameter"))
+        rows.append(("  sparse path", f"{state.sparse_bytes_per_param:.3f} bytes per parameter"))
     if state.dense_bytes_per_param is not None:
-        dense = f"{state.dense_bytes_per_param:.3f} bytes a parameter, {state.dense_params:,} parameters"
+        dense = f"{state.dense_bytes_per_param:.3f} bytes per parameter, {state.dense_params:,} parameters"
         rows.append(("  dense path (norms, biases)", dense))
     return rows

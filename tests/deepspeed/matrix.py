@@ -186,7 +186,7 @@ def make_engine(row: Row) -> Any:
 
 
 def markdown() -> str:
-    """The table of all combinations, one row a feature."""
+    """The table of all combinations, one row per feature."""
     lines = [
         "# What works with DeepSpeed",
         "",

@@ -83,7 +83,7 @@ def test_engines_reach_the_same_loss(text: Path, tmp_path: Path) -> None:
         assert (metrics["engine"], metrics["world_size"]) == (ENGINES[config], 2)
         losses[config] = metrics["heldout_after"]
         assert losses[config] < metrics["heldout_before"] - 1
-    print("held-out nats a token:", {config: round(loss, 4) for config, loss in losses.items()})
+    print("held-out nats per token:", {config: round(loss, 4) for config, loss in losses.items()})
     del losses["deepspeed_zero3"]  # cuts blocks of every matrix
     assert max(losses.values()) - min(losses.values()) < 0.01
 

@@ -62,7 +62,7 @@ def test_chunked_loss_in_bf16() -> None:
 
 
 class LargestLogits(TorchDispatchMode):
-    """Rows of the largest tensor with a column a token of the vocabulary that does not hold weights."""
+    """Rows of the largest tensor with a column per token of the vocabulary that does not hold weights."""
 
     num_rows = 0
 
