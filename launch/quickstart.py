@@ -20,8 +20,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from texts import python_reference, stdlib_source
-from train import free_port
+from training.environment import free_port
+from training.sample_texts import python_reference, stdlib_source
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "runs" / "quickstart"
@@ -161,9 +161,9 @@ def plot(runs: dict[str, dict[str, Any]]) -> None:
     for (name, run), color in zip(runs.items(), ("tab:blue", "tab:orange"), strict=True):
         state = run["state"]["state_bytes_per_param"]
         axes.plot(*zip(*run["train_loss"], strict=True), color=color, alpha=0.35, linewidth=1)
-        label = f"{OPTIMIZERS[name]}, {state:.2f} bytes of state a parameter"
+        label = f"{OPTIMIZERS[name]}, {state:.2f} bytes of state per parameter"
         axes.plot(*zip(*run["eval_loss"], strict=True), color=color, marker="o", markersize=4, label=label)
-    axes.set(xlabel="step", ylabel="loss (nats a byte)", title="Held-out loss (dots) and training loss (thin)")
+    axes.set(xlabel="step", ylabel="loss (nats per byte)", title="Held-out loss (dots) and training loss (thin)")
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(OUTPUT / "loss.png", dpi=120)
@@ -179,7 +179,7 @@ def print_comparison(runs: dict[str, dict[str, Any]]) -> None:
     rows = {
         "held-out loss before": lambda run: f"{run['heldout_before']:.4f}",
         "held-out loss after": lambda run: f"{run['heldout_after']:.4f}",
-        "state, bytes a parameter": lambda run: f"{run['state']['state_bytes_per_param']:.3f}",
+        "state, bytes per parameter": lambda run: f"{run['state']['state_bytes_per_param']:.3f}",
         "training, s": lambda run: f"{run['seconds']:.1f}",
         "tokens/s": lambda run: f"{run['tokens_per_second']:,.0f}",
     }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Several machines under Slurm: one task a machine, torchrun starts a rank for each of its GPUs.
+# Several machines under Slurm: one task per machine, torchrun starts a rank for each of its GPUs.
 #   sbatch --nodes=2 launch/slurm.sh --model ... --data ... --output ...
 # The arguments are those of launch/train.py. --resume last goes on after a requeue.
 #SBATCH --job-name=microadam

@@ -23,10 +23,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from settings import UserError
 from studies.config import Run, Study, cell_key, load_study
 from studies.optimizers import why_unavailable
-from studies.results import (
+from studies.runs import (
     Cell,
     Results,
     Row,
@@ -39,6 +38,7 @@ from studies.results import (
 from studies.tasks import prepare_data, pretrain
 from studies.training import train
 from studies.workers import Failure, Job, Workers
+from training.errors import UserError
 
 console = Console()
 

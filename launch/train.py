@@ -12,15 +12,9 @@ Ranks take GPUs where there are some, else they are CPU processes over gloo.
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import inspect
-import json
-import logging
 import os
-import socket
 import typing
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,15 +22,15 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from settings import Dtype, OptimizerName, Options, UserError, resolve
+from training.environment import prepare_environment, quiet_libraries
+from training.errors import UserError
+from training.model import has_liger, load_model
+from training.options import Dtype, OptimizerName, Options, resolve
 
 if TYPE_CHECKING:  # imported where they are used: torch and transformers take seconds
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 IS_RANK_0 = os.environ.get("RANK", "0") == "0"
-LOSS_CHUNK = 512  # of a 7B Llama, so that recomputing one of its layers takes more memory than the logits
-SHARD_SIZE = "2GB"  # of a file of the weights
 console = Console(quiet=not IS_RANK_0)
 
 
@@ -50,8 +44,8 @@ def train(options: Options) -> None:
 
     from transformers import set_seed
 
-    import summary
-    from callbacks import LossProgress, OptimizerTimer, StepTimer
+    from training import summary
+    from training.callbacks import LossProgress, OptimizerTimer, StepTimer
 
     set_seed(args.seed)
     tokenizer, datasets = load_data(options, args)
@@ -75,60 +69,6 @@ def train(options: Options) -> None:
         summary.report(metrics, options.output, console)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()  # destroys the process group
-
-
-def quiet_libraries() -> None:
-    """Keep the libraries' own messages off the terminal, errors excepted."""
-    warnings.filterwarnings("ignore")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-
-
-def prepare_environment(deepspeed: bool) -> bool:
-    """Choose GPUs or CPU ranks, and make a plain `python` run a world of one.
-
-    Returns:
-        Whether to train on the CPU.
-
-    Raises:
-        UserError: more ranks on this machine than GPUs.
-    """
-    import torch
-
-    num_gpus = torch.cuda.device_count()
-    num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if 0 < num_gpus < num_ranks:
-        raise UserError(f"{num_ranks} ranks for {num_gpus} GPU(s): start one rank a GPU")
-    if "RANK" not in os.environ:
-        if num_gpus:
-            os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # or Trainer falls back on torch.nn.DataParallel
-        if deepspeed:  # it looks for MPI otherwise
-            world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-            os.environ.update(world, MASTER_PORT=str(free_port()))
-    if num_gpus == 0:
-        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-            raise UserError(
-                "accelerate launch does not start ranks for DeepSpeed without GPUs: use torchrun or deepspeed, with "
-                "--deepspeed FILE.json"
-            )
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # accelerate imports DeepSpeed in any case
-    if deepspeed:
-        from microadam_dist.deepspeed import disable_shm_allreduce, register
-
-        register()
-        if num_gpus == 0:
-            disable_shm_allreduce()
-    return num_gpus == 0
-
-
-def free_port() -> int:
-    """A TCP port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def training_arguments(options: Options, ds_config: dict[str, Any] | None, use_cpu: bool) -> TrainingArguments:
@@ -172,18 +112,9 @@ def training_arguments(options: Options, ds_config: dict[str, Any] | None, use_c
     )
 
 
-def has_liger(options: Options) -> bool:
-    """Whether Liger-Kernel computes the loss, and more, instead of `chunked_loss`."""
-    import torch
-    from transformers.utils import is_liger_kernel_available
-
-    wanted = options.single_gpu and options.loss_chunk is None
-    return wanted and torch.cuda.is_available() and is_liger_kernel_available()
-
-
 def load_data(options: Options, args: TrainingArguments) -> tuple[PreTrainedTokenizerBase, dict[str, Any]]:
     """Tokenizer and packed datasets, `train_dataset` and `eval_dataset`: packed by one rank, mapped by all."""
-    from data import PackedBlocks, load_tokenizer, write_blocks
+    from training.packing import PackedBlocks, load_tokenizer, write_blocks
 
     tokenizer = load_tokenizer(options.tokenizer or options.model)
     folder = options.output / "packed"
@@ -192,58 +123,6 @@ def load_data(options: Options, args: TrainingArguments) -> tuple[PreTrainedToke
             heldout = options.eval_data or options.eval_fraction
             write_blocks(folder, tokenizer, options.seq_len, options.data, heldout)
     return tokenizer, {f"{split}_dataset": PackedBlocks(folder / f"{split}.npy") for split in ("train", "eval")}
-
-
-def load_model(options: Options, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> PreTrainedModel:
-    """The pre-trained model, or a randomly initialised one; under --single-gpu on the device from the start.
-
-    Raises:
-        UserError: no such model, or a tokenizer with more tokens than the model has.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    # Mixed precision without DeepSpeed keeps fp32 weights; DeepSpeed casts and keeps its own fp32 copy.
-    half = {Dtype.pure_bf16: torch.bfloat16}
-    if options.deepspeed:
-        half |= {Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16}
-    dtype = half.get(options.dtype, torch.float32)
-    source = options.model_config or options.model
-    attention = {"attn_implementation": "sdpa"} if options.single_gpu else {}
-    try:
-        with device if options.single_gpu else contextlib.nullcontext():
-            if options.model_config:
-                fields = json.loads(options.model_config.read_text(encoding="utf-8"))
-                config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-                model = AutoModelForCausalLM.from_config(config, dtype=dtype, **attention)
-            else:
-                model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype, **attention)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot make a causal language model from '{source}': {error}") from None
-    if len(tokenizer) > model.config.get_text_config().vocab_size:
-        raise UserError(f"the tokenizer has {len(tokenizer)} tokens, more than the vocab_size of '{source}'")
-    if options.single_gpu:  # safetensors gathers a file on the host: not the whole model at once
-        model.save_pretrained = functools.partial(model.save_pretrained, max_shard_size=SHARD_SIZE)
-    if has_liger(options):
-        require_liger(model)
-    elif options.loss_chunk or options.single_gpu:
-        from chunked_loss import use_chunked_loss
-
-        use_chunked_loss(model, options.loss_chunk or LOSS_CHUNK)
-    return model
-
-
-def require_liger(model: PreTrainedModel) -> None:
-    """Refuse what Liger-Kernel leaves as it is, in silence.
-
-    Raises:
-        UserError: a kind of model that it does not know.
-    """
-    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
-
-    kind = model.config.model_type
-    if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:
-        raise UserError(f"--single-gpu: Liger-Kernel has nothing for '{kind}'; its logits would exist whole")
 
 
 def build_trainer(
@@ -256,8 +135,8 @@ def build_trainer(
     """A Trainer that also evaluates at the end, without its progress bar."""
     from transformers import ProgressCallback, Trainer
 
-    from callbacks import EvaluateAtEnd, MarkComplete
     from microadam_dist.integrations.sharded import ShardedStateMixin
+    from training.callbacks import EvaluateAtEnd, MarkComplete
 
     class MicroAdamTrainer(ShardedStateMixin, Trainer):
         """Its checkpoints hold the optimizer's state under FSDP1 and --shard-state, too."""
@@ -319,7 +198,7 @@ def find_checkpoint(options: Options) -> str | None:
     """
     if options.resume is None:
         return None
-    from callbacks import has_steps_left, last_complete_checkpoint
+    from training.callbacks import has_steps_left, last_complete_checkpoint
 
     if options.resume == "last":
         checkpoint = last_complete_checkpoint(options.output, options.steps)

@@ -152,7 +152,7 @@ def main(
     ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
 ) -> None:
-    """Time the optimizer step inside DeepSpeed ZeRO with offload_optimizer, in nanoseconds a parameter of a rank."""
+    """Time the optimizer step inside DeepSpeed ZeRO with offload_optimizer, in nanoseconds per parameter of a rank."""
     console = Console()
     try:
         size = parse_numel(numel).numel
@@ -167,7 +167,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(run_rank, (folder, ranks, numbers, chosen, size, repeats), nprocs=ranks)
         rows = json.loads(Path(folder, "rows.json").read_text(encoding="utf-8"))
-    table = Table(title=f"ZeRO-Offload, {numel} parameters, {ranks} ranks, everything in host memory; ns a parameter")
+    table = Table(title=f"ZeRO-Offload, {numel} parameters, {ranks} ranks, everything in host memory; ns per parameter")
     for title in ("stage", "optimizer", "optimizer step", "minimum", "engine.step()"):
         table.add_column(title, justify="left" if title == "optimizer" else "right", no_wrap=True)
     for row in rows:

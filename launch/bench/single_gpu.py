@@ -28,17 +28,18 @@ from torch.optim import Optimizer
 LAUNCH = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(LAUNCH))
 
-from callbacks import OptimizerClock, release_timed  # noqa: E402
-from data import byte_tokenizer  # noqa: E402
 from microadam_dist import MicroAdam, MicroAdamConfig  # noqa: E402
 from microadam_dist.diagnostics.live_bytes import LiveBytes  # noqa: E402
 from microadam_dist.errors import MicroAdamError  # noqa: E402
 from microadam_dist.optimizer.gradient_release import ReleasedGradient  # noqa: E402
 from microadam_dist.planner import memory  # noqa: E402
 from microadam_dist.planner.shapes import read_shape  # noqa: E402
-from settings import Options, UserError, resolve  # noqa: E402
-from summary import versions  # noqa: E402
-from train import LOSS_CHUNK, has_liger, load_model  # noqa: E402
+from training.callbacks import OptimizerClock, release_timed  # noqa: E402
+from training.errors import UserError  # noqa: E402
+from training.model import LOSS_CHUNK, has_liger, load_model  # noqa: E402
+from training.options import Options, resolve  # noqa: E402
+from training.packing import byte_tokenizer  # noqa: E402
+from training.summary import versions  # noqa: E402
 
 MODELS = {"7b": "llama-2-7b", "13b": "llama-2-13b", "100m": "llama-100m"}
 LR = 1e-5
@@ -138,7 +139,7 @@ def adamw_class(choice: Choice) -> Callable[..., Optimizer]:
 
 
 def release_any(model: torch.nn.Module, make: Callable[..., Optimizer], clock: OptimizerClock) -> list[Optimizer]:
-    """One optimizer a parameter, stepped as soon as there is a gradient: gradient release for any optimizer."""
+    """One optimizer per parameter, stepped as soon as there is a gradient: gradient release for any optimizer."""
     optimizers = {param: make([param]) for param in model.parameters()}
 
     def update(param: torch.Tensor) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from settings import UserError
+from training.errors import UserError
 
 from .optimizers import BUILDERS
 

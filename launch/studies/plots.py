@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-from .results import Row
+from .runs import Row
 
 _COLORS = colormaps["tab20"].colors
 _MARKERS = "osD^vPX*<>"
@@ -69,7 +69,7 @@ def frontier(rows: Sequence[Row]) -> Figure:
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xticks([0, 0.5, 1, 2, 4, 8])
-    return _finish(axes, "Memory against loss", "optimizer state, bytes a parameter", "test loss (bar: all seeds)")
+    return _finish(axes, "Memory against loss", "optimizer state, bytes per parameter", "test loss (bar: all seeds)")
 
 
 def rates(rows: Sequence[Row]) -> Figure:
@@ -115,6 +115,6 @@ def traces(rows: Sequence[Row]) -> Figure:
         below.plot(steps, [point["state_bytes"] / num_params for point in trace], label=row.optimizer, **line)
     above.set_yscale("log")
     _finish(above, "Norms of error feedback and gradient", "", "norm")
-    _finish(below, "State", "step", "bytes a parameter")
+    _finish(below, "State", "step", "bytes per parameter")
     below.set_ylim(bottom=0)
     return figure

@@ -14,7 +14,7 @@ import yaml
 
 from . import plots
 from .config import DigitsTask, Task
-from .results import Row, StudyReport, baseline_loss
+from .runs import Row, StudyReport, baseline_loss
 
 TEMPLATES = Path(__file__).parent
 
@@ -116,4 +116,4 @@ def _describe(task: Task, rows: Sequence[Row]) -> str:
     if task.pretrain:
         start = f"pre-trained with AdamW on {task.pretrain.data} for {task.pretrain.steps} steps"
     steps = f"{task.steps:,} steps on {task.data} with {task.batch_size} x {task.seq_len} bytes each"
-    return f"Byte-level Llama, {size}{start}; {steps}. Losses: nats a byte."
+    return f"Byte-level Llama, {size}{start}; {steps}. Losses: nats per byte."

@@ -52,7 +52,7 @@ def adam_path() -> Tensor:
 
 
 def top_k_path(num_steps: int, *, ef_bits: int) -> Tensor:
-    """The path of `MicroAdam` that keeps one coordinate a step; ``ef_bits`` 0 is Top-K Adam without error feedback."""
+    """The path of `MicroAdam` keeping one coordinate per step; ``ef_bits`` 0 is Top-K Adam without error feedback."""
     return path(
         lambda params: MicroAdam(params, lr=LR, density=KEEP_ONE, window_size=num_steps, ef_bits=ef_bits), num_steps
     )

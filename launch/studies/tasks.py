@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from data import IGNORED, Document, byte_tokenizer, pack, read_documents
-from settings import UserError
-from texts import python_reference, stdlib_source, torch_docstrings
+from training.errors import UserError
+from training.packing import IGNORED, Document, byte_tokenizer, pack, read_documents
+from training.sample_texts import python_reference, stdlib_source, torch_docstrings
 
 from .config import DigitsTask, Pretraining, Task, TextTask, content_key
 
@@ -35,7 +35,7 @@ _DIGITS_SPLIT = (0.6, 0.2, 0.2)
 
 
 class Losses(NamedTuple):
-    """Mean loss in nats a token or image, and the fraction of right predictions."""
+    """Mean loss in nats per token or image, and the fraction of right predictions."""
 
     loss: float
     accuracy: float

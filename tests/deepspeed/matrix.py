@@ -5,12 +5,21 @@ python -m tests.deepspeed.matrix > configs/deepspeed/MATRIX.md
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from microadam_dist import MicroAdam
+
+from .engines import SETTINGS, GivenGradients, initialize
+
 STAGES = (0, 1, 2, 3)
-DTYPES = ("fp32", "bf16", "fp16")
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = tuple(TORCH_DTYPES)
 
 
 @dataclass(frozen=True)
@@ -19,7 +28,7 @@ class Feature:
 
     Attributes:
         config: Merged into the DeepSpeed configuration.
-        traits: What the test does differently; see `test_matrix.make_engine`.
+        traits: What the test does differently; see `make_engine`.
         stages, dtypes: Where DeepSpeed has it.
         error: None, or the words our error contains at `deepspeed.initialize`.
     """
@@ -127,8 +136,57 @@ def rows() -> Iterator[Row]:
                 yield Row(stage, dtype, feature)
 
 
+class TiedModel(GivenGradients):
+    """The embedding is used twice; its gradients add up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = type(self.embed)(1, 1)
+        self.head.weight = self.embed.weight
+
+    def forward(self, grads: dict[str, Tensor]) -> Tensor:
+        return super().forward(grads) + self.head(grads["embed"] * 0.5)
+
+
+def make_engine(row: Row) -> Any:
+    """The engine of a row."""
+    import deepspeed
+
+    traits = row.feature.traits
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 0.0,
+        "optimizer": {"type": "MicroAdam", "params": SETTINGS},
+        **row.feature.config,
+    }
+    config["zero_optimization"] = {"stage": row.stage, **config.get("zero_optimization", {})}
+    if row.dtype != "fp32":
+        config[row.dtype] = {"enabled": True, **config.get(row.dtype, {})}
+    if row.dtype == "fp16":
+        config["fp16"]["loss_scale"] = 128.0
+    torch.manual_seed(0)
+    init = deepspeed.zero.Init(config_dict_or_path=config) if "zero.Init" in traits else contextlib.nullcontext()
+    with init:
+        model = TiedModel() if "tied" in traits else GivenGradients()
+    if "pre-cast" in traits:
+        model = model.bfloat16()
+    if "frozen" in traits:
+        model.up.weight.requires_grad_(False)
+    kwargs: dict[str, Any] = {}
+    if "two groups" in traits:
+        matrices = [p for p in model.parameters() if p.ndim > 1]
+        vectors = [p for p in model.parameters() if p.ndim == 1]
+        kwargs["model_parameters"] = [
+            {"params": matrices, "window_size": 2, "packed_window": True},
+            {"params": vectors, "weight_decay": 0.0, "lr": 1e-3},
+        ]
+    if "client" in traits:
+        kwargs["optimizer"] = MicroAdam(model.named_parameters(), **SETTINGS)
+    return initialize(model, config, **kwargs)
+
+
 def markdown() -> str:
-    """The table of all combinations, one row a feature."""
+    """The table of all combinations, one row per feature."""
     lines = [
         "# What works with DeepSpeed",
         "",

@@ -18,7 +18,8 @@ from microadam_dist import CheckpointMismatchError
 from microadam_dist.arithmetic.state import flatten_state
 from microadam_dist.checkpoint.deepspeed import read_checkpoint
 from microadam_dist.checkpoint.reshard import SourceShard
-from tests.checkpoint.test_reshard import assert_same, blocks, dense
+from tests.checkpoint.blocks import assert_same, blocks, dense
+from tests.deepspeed.cuts import cut_intervals, plain_weights, uncut_masks
 from tests.deepspeed.engines import (
     base_optimizer,
     full_weights,
@@ -28,11 +29,10 @@ from tests.deepspeed.engines import (
     make_model,
     train,
 )
-from tests.deepspeed.test_stages import cut_intervals, plain_weights, uncut_masks
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.deepspeed
-SAVED_AT = 7
+SAVED_AT, END = 7, 20
 
 
 def new_engine(stage: int, dtype: torch.dtype, **extra: Any) -> Any:
@@ -42,7 +42,7 @@ def new_engine(stage: int, dtype: torch.dtype, **extra: Any) -> Any:
 def _save(rank: int, world_size: int, folder: str, sources: list[tuple[int, str]]) -> None:
     for stage, dtype_name in sources:
         engine = new_engine(stage, getattr(torch, dtype_name))
-        train(engine, make_gradients(20, getattr(torch, dtype_name))[:SAVED_AT])
+        train(engine, make_gradients(END, getattr(torch, dtype_name))[:SAVED_AT])
         engine.save_checkpoint(os.path.join(folder, f"{stage}-{dtype_name}"), client_state={"epoch": 3})
         engine.destroy()
 
@@ -72,7 +72,7 @@ def _resume(rank: int, world_size: int, folder: str, moves: list[tuple[int, int,
         ]
         state = {name: {n: t.clone() for n, t in block.items()} for name, block in blocks(loaded).items()}
         moments, weights_then = dense(loaded), full_weights(engine)
-        train(engine, make_gradients(20, dtype)[SAVED_AT:])
+        train(engine, make_gradients(END, dtype)[SAVED_AT:])
         gathered: list[Any] = [None] * world_size
         cuts = cut_intervals(optimizer._sharded._layouts.values())
         dist.all_gather_object(gathered, (state, moments, cuts))
@@ -112,7 +112,7 @@ def test_resume_on_other_ranks_and_stages(world_size: int, saved: Path) -> None:
         # 3 ranks is not exact in bf16).
         cuts = {*cut_intervals(shard.layout for shard in source), *(cut for _, _, cuts in gathered for cut in cuts)}
         assert set(ours.keys() ^ theirs.keys()) <= cuts | whole_blocks_of(cuts, ours | theirs)
-        expected = plain_weights(getattr(torch, dtype_name))
+        expected = plain_weights(getattr(torch, dtype_name), END)
         never_cut = uncut_masks(expected, cuts)
         for rank_results in all_results if world_size != 3 or dtype_name == "float32" else []:
             for name, weight in rank_results[index][1].items():

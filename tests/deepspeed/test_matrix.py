@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,63 +13,13 @@ from torch import Tensor
 
 from microadam_dist import ConfigError, MicroAdam
 from microadam_dist.config import SETTING_NAMES
-from tests.deepspeed.engines import SETTINGS, GivenGradients, base_optimizer, initialize
-from tests.deepspeed.matrix import DTYPES, Row, markdown, rows
-from tests.deepspeed.test_stages import cut_intervals, uncut_masks
+from tests.deepspeed.cuts import cut_intervals, uncut_masks
+from tests.deepspeed.engines import GivenGradients, base_optimizer
+from tests.deepspeed.matrix import DTYPES, TORCH_DTYPES, Row, make_engine, markdown, rows
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.deepspeed
 NUM_STEPS = 4
-TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class TiedModel(GivenGradients):
-    """The embedding is used twice; its gradients add up."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.head = type(self.embed)(1, 1)
-        self.head.weight = self.embed.weight
-
-    def forward(self, grads: dict[str, Tensor]) -> Tensor:
-        return super().forward(grads) + self.head(grads["embed"] * 0.5)
-
-
-def make_engine(row: Row) -> Any:
-    """The engine of a row."""
-    import deepspeed
-
-    traits = row.feature.traits
-    config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_clipping": 0.0,
-        "optimizer": {"type": "MicroAdam", "params": SETTINGS},
-        **row.feature.config,
-    }
-    config["zero_optimization"] = {"stage": row.stage, **config.get("zero_optimization", {})}
-    if row.dtype != "fp32":
-        config[row.dtype] = {"enabled": True, **config.get(row.dtype, {})}
-    if row.dtype == "fp16":
-        config["fp16"]["loss_scale"] = 128.0
-    torch.manual_seed(0)
-    init = deepspeed.zero.Init(config_dict_or_path=config) if "zero.Init" in traits else contextlib.nullcontext()
-    with init:
-        model = TiedModel() if "tied" in traits else GivenGradients()
-    if "pre-cast" in traits:
-        model = model.bfloat16()
-    if "frozen" in traits:
-        model.up.weight.requires_grad_(False)
-    kwargs: dict[str, Any] = {}
-    if "two groups" in traits:
-        matrices = [p for p in model.parameters() if p.ndim > 1]
-        vectors = [p for p in model.parameters() if p.ndim == 1]
-        kwargs["model_parameters"] = [
-            {"params": matrices, "window_size": 2, "packed_window": True},
-            {"params": vectors, "weight_decay": 0.0, "lr": 1e-3},
-        ]
-    if "client" in traits:
-        kwargs["optimizer"] = MicroAdam(model.named_parameters(), **SETTINGS)
-    return initialize(model, config, **kwargs)
 
 
 @dataclass

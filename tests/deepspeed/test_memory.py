@@ -85,4 +85,4 @@ def test_allocated_bytes_are_the_planned_ones(mode: str, measured: list[dict[str
         planned = rank_memory(Engine(f"zero{stage}"), [shapes], config, WORLD_SIZE, rank, precision)
         assert got == planned, f"rank {rank}"
         per_param = {part: round(size / numel, 3) for part, size in vars(got).items()}
-        print(f"{mode}, rank {rank} of {WORLD_SIZE}, bytes a parameter of the model: {per_param}")
+        print(f"{mode}, rank {rank} of {WORLD_SIZE}, bytes per parameter of the model: {per_param}")

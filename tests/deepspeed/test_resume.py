@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.deepspeed.engines import GivenGradients, base_optimizer, full_weights
-from tests.deepspeed.matrix import Row, rows
-from tests.deepspeed.test_matrix import TORCH_DTYPES, make_engine
+from tests.deepspeed.matrix import TORCH_DTYPES, Row, make_engine, rows
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.deepspeed

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from microadam_dist import MicroAdam
-from microadam_dist.layout import StateLayout
+from tests.deepspeed.cuts import cut_intervals, plain_weights, uncut_masks
 from tests.deepspeed.engines import (
-    SETTINGS,
     base_optimizer,
     full_weights,
     initialize,
@@ -26,38 +22,6 @@ from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.deepspeed
 NUM_STEPS = 20
-
-
-def plain_weights(dtype: torch.dtype) -> dict[str, Tensor]:
-    """One process without an engine; in bf16 with an fp32 master copy, as DeepSpeed has it."""
-    model = make_model(dtype).float()
-    optimizer = MicroAdam(model.parameters(), **SETTINGS)
-    for grads in make_gradients(NUM_STEPS, dtype):
-        model({name: grad.float() for name, grad in grads.items()}).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return {name.removesuffix(".weight"): p.detach().to(dtype) for name, p in model.named_parameters()}
-
-
-def cut_intervals(layouts: Iterable[StateLayout]) -> list[tuple[str, int, int]]:
-    """(parameter, global start, length) of the fragments."""
-    intervals = []
-    for layout in layouts:
-        for run in layout.runs:
-            if run.is_fragment:
-                span = next(s for s in layout.spans if 0 <= run.elements.start - s.offset < s.numel)
-                intervals.append((span.fqn, span.start + run.elements.start - span.offset, run.numel))
-    return intervals
-
-
-def uncut_masks(
-    weights: dict[str, Tensor], cuts: Iterable[tuple[str, int, int]], suffix: str = ".weight"
-) -> dict[str, Tensor]:
-    """True for every element, flat, that lies in none of the cut intervals."""
-    masks = {name: torch.ones(weight.numel(), dtype=torch.bool) for name, weight in weights.items()}
-    for fqn, start, numel in cuts:
-        masks[fqn.removesuffix(suffix)][start : start + numel] = False
-    return masks
 
 
 def _train_stages(rank: int, world_size: int, configs: list[tuple[int, str, dict[str, Any]]]) -> list[Any]:
@@ -99,7 +63,7 @@ def trained(request: pytest.FixtureRequest) -> tuple[int, list[list[Any]]]:
 def test_uncut_blocks_are_bit_identical_to_one_process(trained: tuple[int, list[list[Any]]], index: int) -> None:
     world_size, results = trained
     stage, dtype_name, _ = CONFIGS[index]
-    expected = plain_weights(getattr(torch, dtype_name))
+    expected = plain_weights(getattr(torch, dtype_name), NUM_STEPS)
     for rank in range(world_size):
         weights, cuts, _ = results[rank][index]
         uncut = uncut_masks(weights, cuts)

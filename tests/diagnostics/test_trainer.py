@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 from microadam_dist import ConfigError, MicroAdam
 from microadam_dist.cli.app import app
 from microadam_dist.integrations.hf import MetricsCallback
-from tests.launch.test_train import TINY_LLAMA, _train, options
+from tests.launch.runs import TINY_LLAMA, options, train
 from tests.ranks import run_ranks
 from tests.text import tiny_llama
 
@@ -152,7 +152,7 @@ def test_launch_train_and_report(tmp_path: Path) -> None:
     text.write_text("The quick brown fox jumps over the lazy dog.\n" * 300)
     (tmp_path / "model.json").write_text(json.dumps(TINY_LLAMA))
     config = Path(__file__).parents[2] / "configs" / "deepspeed" / "zero2_bf16.json"
-    run_ranks(_train, 2, options(text, tmp_path / "run", deepspeed=config, metrics_every=1))
+    run_ranks(train, 2, options(text, tmp_path / "run", deepspeed=config, metrics_every=1))
     assert report(tmp_path / "run").exit_code == 0
     history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in history if "microadam/q" in entry] == [1, 2]

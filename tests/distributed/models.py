@@ -1,7 +1,8 @@
-"""A tiny model whose gradients are given, plain or sharded by FSDP2, and everything it and its optimizer hold."""
+"""A tiny model whose gradients are given, plain or sharded by FSDP, and everything it and its optimizer hold."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -55,6 +56,16 @@ def shard(model: nn.Module, **kwargs: Any) -> nn.Module:
     for child in list(model.children())[:2]:
         fully_shard(child, **kwargs)
     return fully_shard(model, **kwargs)
+
+
+def wrap(model: nn.Module, **options: Any) -> nn.Module:
+    """FSDP1 with two children of their own and the others together."""
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+
+    fsdp = functools.partial(FSDP, device_id=torch.device("cpu"), **{"use_orig_params": True, **options})
+    for name in ("embed", "few"):
+        setattr(model, name, fsdp(getattr(model, name)))
+    return fsdp(model)
 
 
 def make_optimizer(model: nn.Module, **options: Any) -> MicroAdam:

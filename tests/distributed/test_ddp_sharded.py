@@ -116,7 +116,7 @@ def _check_equal_on_all_ranks(model: nn.Module) -> None:
 def test_bytes_of_a_step(capsys: pytest.CaptureFixture[str]) -> None:
     """With the default window and density and the paper's, on 2 ranks; also shown by ``-rP``."""
     (table, _) = run_ranks(_bytes, 2)
-    print("bytes a parameter and step: dense, sent; state a parameter on a rank")
+    print("bytes per parameter and step: dense, sent; state per parameter on a rank")
     for row in table:
         print("  {:8} window {:2} {:14} wd {:4}  {:5.3f}  {:5.3f}   {:5.3f}".format(*row))
     sent = {row[:4]: row[5] for row in table}

@@ -26,11 +26,11 @@ from microadam_dist import (
     save_sharded,
 )
 from microadam_dist.checkpoint.reshard import SourceShard
-from tests.checkpoint.test_reshard import blocks, dense
+from tests.checkpoint.blocks import blocks, dense
 from tests.ranks import run_ranks
 from tests.text import batch, held_out, tiny_llama
 
-from .models import backward, gradients, make_model, make_optimizer, message_of, shard, train
+from .models import backward, gradients, make_model, make_optimizer, message_of, shard, train, wrap
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:FSDP")
 
@@ -53,15 +53,7 @@ MODES: dict[str, tuple[ShardingStrategy, torch.dtype, torch.dtype, MixedPrecisio
 }
 
 
-def wrap(model: nn.Module, **options: Any) -> FSDP:
-    """Two children of their own and the others together."""
-    fsdp = functools.partial(FSDP, device_id=torch.device("cpu"), **{"use_orig_params": True, **options})
-    for name in ("embed", "few"):
-        setattr(model, name, fsdp(getattr(model, name)))
-    return fsdp(model)
-
-
-def make(mode: str, **options: Any) -> tuple[FSDP, MicroAdam]:
+def make(mode: str, **options: Any) -> tuple[nn.Module, MicroAdam]:
     strategy, dtype, _, precision = MODES[mode]
     if "hybrid" in mode:
         options["device_mesh"] = dist.init_device_mesh("cpu", (2, 2))

@@ -19,9 +19,9 @@ from torch import Tensor
 from microadam_dist import CheckpointMismatchError, MicroAdam
 from microadam_dist.integrations.sharded import keep_sharded_state
 from tests.launch import accelerate_cpu
-from tests.launch.test_resume import assert_same_run, options
-from tests.launch.test_resume import text as text  # the fixture
-from tests.launch.test_train import ROOT, _train, loaded_numel
+from tests.launch.runs import ROOT, assert_same_run, loaded_numel
+from tests.launch.runs import options_with_checkpoints as options
+from tests.launch.runs import train as train_rank
 from tests.ranks import RankError, run_ranks
 from tests.text import batch, tiny_llama
 
@@ -50,7 +50,7 @@ def _train_under(rank: int, world_size: int, config: Path, run: dict[str, Any]) 
         run = {**run, "deepspeed": ROOT / json_path}
     os.environ.update(environment)
     accelerate_cpu.enable_fsdp()
-    _train(rank, world_size, run)
+    train_rank(rank, world_size, run)
 
 
 def train_under(config: str, run: dict[str, Any], num_ranks: int = 2) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def test_engines_reach_the_same_loss(text: Path, tmp_path: Path) -> None:
         assert (metrics["engine"], metrics["world_size"]) == (ENGINES[config], 2)
         losses[config] = metrics["heldout_after"]
         assert losses[config] < metrics["heldout_before"] - 1
-    print("held-out nats a token:", {config: round(loss, 4) for config, loss in losses.items()})
+    print("held-out nats per token:", {config: round(loss, 4) for config, loss in losses.items()})
     del losses["deepspeed_zero3"]  # cuts blocks of every matrix
     assert max(losses.values()) - min(losses.values()) < 0.01
 
@@ -97,7 +97,7 @@ def test_fsdp_without_gpus_is_refused(text: Path, tmp_path: Path) -> None:
 
 def _train_with(rank: int, world_size: int, environment: dict[str, str], run: dict[str, Any]) -> None:
     os.environ.update(environment)
-    _train(rank, world_size, run)
+    train_rank(rank, world_size, run)
 
 
 def test_accelerate_launch(text: Path, tmp_path: Path) -> None:

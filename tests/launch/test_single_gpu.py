@@ -17,28 +17,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from microadam_dist.diagnostics.live_bytes import LiveBytes
-from tests.launch.test_resume import assert_same_run
-from tests.launch.test_train import ROOT, TINY_LLAMA, options
+from tests.launch.runs import LAUNCH, ROOT, TINY_LLAMA, assert_same_run, options
 from tests.text import SEQ_LEN, batch, tiny_llama
 
-LAUNCH = ROOT / "launch"
-sys.path.insert(0, str(LAUNCH))  # the launch scripts are no package: they import their siblings
 VOCAB, CHUNK = TINY_LLAMA["vocab_size"], 100  # the last chunk is a shorter one
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "text.txt"
-    path.write_text("".join(f"Line {i}: the quick brown fox jumps over the lazy dog.\n" for i in range(400)))
-    path.with_name("model.json").write_text(json.dumps(TINY_LLAMA))
-    return path
 
 
 # ------------------------------------------------------------------ loss
 
 
 def loss_and_gradients(dtype: torch.dtype, chunk: int | None, **inputs: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    from chunked_loss import use_chunked_loss
+    from training.chunked_loss import use_chunked_loss
 
     model = tiny_llama().to(dtype)
     if chunk is not None:
@@ -73,7 +62,7 @@ def test_chunked_loss_in_bf16() -> None:
 
 
 class LargestLogits(TorchDispatchMode):
-    """Rows of the largest tensor with a column a token of the vocabulary that does not hold weights."""
+    """Rows of the largest tensor with a column per token of the vocabulary that does not hold weights."""
 
     num_rows = 0
 
@@ -93,7 +82,7 @@ def test_logits_never_exist_whole(chunk: int | None, expected: int) -> None:
 
 
 def test_logits_of_one_chunk_at_a_time() -> None:
-    from chunked_loss import ChunkedCrossEntropy
+    from training.chunked_loss import ChunkedCrossEntropy
 
     weight, peaks = torch.zeros(1000, 8, dtype=torch.bfloat16, requires_grad=True), []
     for num_chunks in (1, 4):
@@ -109,8 +98,8 @@ def test_logits_of_one_chunk_at_a_time() -> None:
 def test_chunked_loss_needs_a_llama() -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from chunked_loss import use_chunked_loss
-    from settings import UserError
+    from training.chunked_loss import use_chunked_loss
+    from training.errors import UserError
 
     model = GPT2LMHeadModel(GPT2Config(vocab_size=16, n_embd=8, n_layer=1, n_head=1, n_positions=8))
     with pytest.raises(UserError, match="not 'gpt2': install liger-kernel"):
@@ -133,7 +122,8 @@ def _train(run: dict[str, Any], shard_size: str = "2GB") -> dict[str, Any]:
 
     import train
     from microadam_dist.optimizer.gradient_release import ReleasedGradient
-    from settings import Options
+    from training import model as model_module
+    from training.options import Options
 
     seen: dict[str, Any] = {"alive": [], "saving": []}
 
@@ -164,7 +154,7 @@ def _train(run: dict[str, Any], shard_size: str = "2GB") -> dict[str, Any]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "build_trainer", build_trainer)
-        patch.setattr(train, "SHARD_SIZE", shard_size)
+        patch.setattr(model_module, "SHARD_SIZE", shard_size)
         patch.setattr(Trainer, "_save_checkpoint", save_checkpoint)
         train.train(Options(**run))
     return seen
@@ -217,17 +207,17 @@ REFUSED = {
 
 
 def resolved(text: Path, **more: Any) -> Any:
-    import settings
+    from training import options as module
 
-    enums = {"optimizer": settings.OptimizerName, "dtype": settings.Dtype, "shard_state": settings.Exchange}
+    enums = {"optimizer": module.OptimizerName, "dtype": module.Dtype, "shard_state": module.Exchange}
     more = {name: enums[name](value) if name in enums else value for name, value in more.items()}
-    return settings.resolve(settings.Options(**options(text, Path("none"), **more)))[0]
+    return module.resolve(module.Options(**options(text, Path("none"), **more)))[0]
 
 
 @pytest.mark.parametrize("name", REFUSED)
 @pytest.mark.parametrize("flag", ["single_gpu", "gradient_release"])
 def test_refused(flag: str, name: str, text: Path) -> None:
-    from settings import UserError
+    from training.errors import UserError
 
     contradiction, message = REFUSED[name]
     with pytest.raises(UserError, match=message) as error:
@@ -240,7 +230,7 @@ def test_refused(flag: str, name: str, text: Path) -> None:
 def test_one_process(
     flag: dict[str, Any], variable: dict[str, str], text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from settings import UserError
+    from training.errors import UserError
 
     for name, value in variable.items():
         monkeypatch.setenv(name, value)
@@ -249,7 +239,7 @@ def test_one_process(
 
 
 def test_loss_chunk_without_autocast(text: Path) -> None:
-    from settings import UserError
+    from training.errors import UserError
 
     with pytest.raises(UserError, match="no mixed precision: add --dtype"):
         resolved(text, loss_chunk=8)

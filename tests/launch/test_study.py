@@ -14,7 +14,8 @@ import psutil
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
+from tests.launch.runs import ROOT
+
 TINY = """
 title: Tiny
 question: Does it run?
@@ -35,11 +36,6 @@ optimizers:
   MicroAdam: {{type: microadam, lr: 4e-3, density: 0.05, window_size: 2}}
   Broken: {{type: adamw, lr: 1e-3, no_such_setting: 1}}
 """
-
-
-@pytest.fixture(autouse=True)
-def launch_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "launch"))
 
 
 def tiny_study(folder: Path, steps: int) -> Path:
@@ -98,7 +94,7 @@ def record(lr: float, seed: int, loss: float | None) -> dict[str, Any]:
 def test_learning_rate_is_searched_until_the_best_lies_inside() -> None:
     """On a bowl around 1.6e-2, from far below, with a run that diverges above it."""
     from studies.config import Study
-    from studies.results import Cell, next_runs
+    from studies.runs import Cell, next_runs
 
     study = Study.model_validate(
         {
@@ -183,8 +179,8 @@ def test_fp32_error_keeps_what_top_k_leaves() -> None:
     ],
 )
 def test_mistake_in_a_study_is_named(change: str, message: str, tmp_path: Path) -> None:
-    from settings import UserError
     from studies.config import load_study
+    from training.errors import UserError
 
     config = tiny_study(tmp_path, steps=4)
     config.write_text(config.read_text().replace(change, change.split(":")[0] + ": nonsense"))

@@ -17,8 +17,7 @@ from microadam_dist import MicroAdam, MicroAdamConfig
 from microadam_dist.engines.cuts import fsdp1_shard
 from microadam_dist.planner.engines import Engine, Precision
 from microadam_dist.planner.shapes import Shapes
-from tests.distributed.models import SETTINGS, SHAPES, backward, make_model, shard
-from tests.distributed.test_fsdp1 import wrap
+from tests.distributed.models import SETTINGS, SHAPES, backward, make_model, shard, wrap
 from tests.planner.rank_memory import RankMemory, rank_memory
 from tests.ranks import run_ranks
 

@@ -31,7 +31,7 @@ def test_by_hand_single() -> None:
     plan = plans[Optimizer.microadam]
     assert (plan.weights, plan.master, plan.optimizer_state) == (2 * NUMEL, 0, MICROADAM)
     assert plans[Optimizer.adamw].optimizer_state == 4 * NUMEL
-    # 8 bits a moment and 4 bytes for 256 of them; k, v and the norms are too small for it.
+    # 8 bits per moment and 4 bytes for 256 of them; k, v and the norms are too small for it.
     blocks = 2 * 25 + 2 * 16 + 3 * 32
     assert plans[Optimizer.adamw_8bit].optimizer_state == 2 * (45568 + 4 * blocks) + 8 * (2 * 2048 + 192)
     assert (plan.gradients, plan.step_gradients, plan.buffers, plan.step_buffers) == (2 * NUMEL, 2 * NUMEL, 0, 0)

@@ -39,7 +39,7 @@ def layout_of(*spans: ShardSpan, **overrides) -> StateLayout:
         (10007, 4096, [3336, 3336, 3335]),
         (4104, 4096, [1368] * 3),  # 2 blocks of 2052 would be no multiple of 8
         (4097, 4096, [2056, 2041]),
-        (4095, 4096, [4095]),  # one block a row may have any length
+        (4095, 4096, [4095]),  # one block per row may have any length
         (65, 64, [40, 25]),
         (577, 64, [64] * 9 + [1]),  # the shortest last block there is
         (136, 64, [48, 48, 40]),  # 17 blocks of 8 would be more than 4 * 3

@@ -277,7 +277,7 @@ def test_call_without_any_gradient_does_nothing() -> None:
 # ---------------------------------------------------------------- non-finite gradients
 
 NOT_FINITE = [torch.nan, torch.inf, -torch.inf, 2.0**60, -(2.0**61), 2.0**60 - 2.0**51]  # the last rounds up in bf16
-BLOCK_ROWS, BLOCK_NUMEL, NUM_KEPT = 9, 512, 6  # one block a row: 512 elements, 6 kept
+BLOCK_ROWS, BLOCK_NUMEL, NUM_KEPT = 9, 512, 6  # one block per row: 512 elements, 6 kept
 
 
 def one_block_a_row(window_size: int) -> MicroAdam:

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def memory_table(what: str) -> str:
-    script = [sys.executable, str(ROOT / "launch" / "memory_table.py"), what]
+    script = [sys.executable, str(ROOT / "launch" / "bench" / "memory_table.py"), what]
     return subprocess.run(script, check=True, capture_output=True, text=True).stdout
 
 
@@ -19,9 +19,9 @@ def test_memory_tables_are_the_computed_ones(what: str) -> None:
     table = memory_table(what)
     readme = (ROOT / "README.md").read_text()
     wanted = f"<!-- {what}: begin -->\n{table}<!-- {what}: end -->"
-    assert wanted in readme, f"run python launch/memory_table.py {what} and paste its output:\n{table}"
+    assert wanted in readme, f"run python launch/bench/memory_table.py {what} and paste its output:\n{table}"
 
 
 def test_page_of_plans_is_the_computed_one() -> None:
-    page = (ROOT / "configs" / "models" / "MEMORY.md").read_text()
-    assert memory_table("page") == page, "run python launch/memory_table.py page > configs/models/MEMORY.md"
+    page = (ROOT / "launch" / "bench" / "results" / "MEMORY.md").read_text()
+    assert memory_table("page") == page, "run python launch/bench/memory_table.py page > launch/bench/results/MEMORY.md"
