@@ -268,7 +268,6 @@ class MicroAdam(ShardedOptimizer):
             states,
             [self._layouts[p] for p in members],
             [0 if self.capturable else int(counter) for counter in counters],
-            [None] * len(members),  # no second output
             counters,
         )
         steps = [TensorStep(*row) for row in zip(*fields, strict=True)]

@@ -41,7 +41,6 @@ constexpr bool kListHoldsSection = kMaxKept <= kListCapacity || kSection <= kLis
 struct Block {
   Param* param;
   const Grad* grad;
-  Bf16* param_copy;
   uint8* codes;
   Bf16 *bucket_lo, *bucket_hi;
   uint8 *indices, *values;  // kWindowSize slots of num_kept, see slot.cuh
@@ -92,7 +91,6 @@ __device__ __forceinline__ Block find_block(const Tensor& tensor, const Run& run
   Block block = {};
   block.param = static_cast<Param*>(tensor.param) + element;
   block.grad = static_cast<const Grad*>(tensor.grad) + element;
-  block.param_copy = tensor.param_copy == nullptr ? nullptr : tensor.param_copy + element;
   block.codes = tensor.codes + offset_of(run.codes, row, col);
   block.bucket_lo = tensor.bucket_lo + bucket;
   block.bucket_hi = tensor.bucket_hi + bucket;

@@ -10,12 +10,6 @@ namespace microadam {
 
 __device__ __forceinline__ void skip_block(const Launch& launch, const Shared& s) {
   if (kWindowSize > 1) store_empty_slot(s);
-  if (s.block.param_copy != nullptr) {
-#pragma unroll 1
-    for (int i = threadIdx.x; i < s.block.numel; i += kThreads) {
-      round_to(s.block.param_copy + i, to_float(s.block.param[i]));
-    }
-  }
   if (threadIdx.x == 0) atomicAdd(launch.num_skipped, 1);
 }
 
@@ -106,7 +100,6 @@ __device__ __forceinline__ void dense_step(const Tensor& tensor, const Run& run,
     } else {
       is_finite = false;
     }
-    if (tensor.param_copy != nullptr) round_to(tensor.param_copy + run.elements.start + i, to_float(param[i]));
   }
   if (!is_finite && atomicExch(flag, 1) == 0) atomicAdd(launch.num_skipped, 1);
 }

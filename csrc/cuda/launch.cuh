@@ -27,7 +27,6 @@ struct Run {
 struct Tensor {
   void* param;
   const void* grad;
-  Bf16* param_copy;  // optional second output
   uint8* codes;
   Bf16 *bucket_lo, *bucket_hi;
   uint8 *indices, *values;

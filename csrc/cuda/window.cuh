@@ -134,16 +134,11 @@ __device__ __forceinline__ void apply_updates(int section, const Shared& s) {
   uint32 bits = 0;
 #pragma unroll
   for (int j = 0; j < kVector; ++j) bits |= float_bits(update[j]);
-  if (bits == 0 && s.scalars.decay == 1.f && s.block.param_copy == nullptr) return;
+  if (bits == 0 && s.scalars.decay == 1.f) return;
   load_first<kAligned>(weights, in_global(s.block.param) + first, count);
 #pragma unroll
   for (int j = 0; j < kVector; ++j) weights[j] = weights[j] * s.scalars.decay - update[j];
   store_first<kAligned>(in_global(s.block.param) + first, weights, count);
-  if (s.block.param_copy != nullptr) {
-    // The copy is rounded from what is stored, not from what was computed.
-    load_first<kAligned>(weights, in_global(s.block.param) + first, count);
-    store_first<kAligned>(in_global(s.block.param_copy) + first, weights, count);
-  }
 }
 
 }  // namespace microadam

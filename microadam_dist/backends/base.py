@@ -29,8 +29,6 @@ class TensorStep(NamedTuple):
         state: The state tensors named in ``layout.tensors``; updated in place. It may hold others.
         layout: Where the blocks lie in all of these.
         step: Steps this tensor has taken before.
-        param_copy: As many elements, bf16, or None. A second output: wherever the layout has spans it holds the
-            parameter after the step, rounded.
         counter: 0-dim int64, or None; 1 is added. `CapturableBackend.step_on_device` reads ``step`` from it, on the
             device.
     """
@@ -40,7 +38,6 @@ class TensorStep(NamedTuple):
     state: Mapping[str, Tensor]
     layout: StateLayout
     step: int
-    param_copy: Tensor | None = None
     counter: Tensor | None = None
 
 
@@ -117,13 +114,12 @@ class Addresses(NamedTuple):
     Field by field, because a Python call a tensor takes longer than the step of a small one.
 
     Attributes:
-        param, grad, param_copy, counter: As in `TensorStep`; ``grad`` as it was given.
+        param, grad, counter: As in `TensorStep`; ``grad`` as it was given.
         state: One list for each of `STATE_NAMES`.
     """
 
     param: list[int]
     grad: list[int]
-    param_copy: list[int]
     counter: list[int]
     state: list[list[int]]
 
@@ -134,7 +130,6 @@ class Addresses(NamedTuple):
         return cls(
             param=[tensor.param.data_ptr() for tensor in tensors],
             grad=_optional(grads),
-            param_copy=_optional([tensor.param_copy for tensor in tensors]),
             counter=_optional([tensor.counter for tensor in tensors]),
             state=[[state[name].data_ptr() if name in state else 0 for state in states] for name in STATE_NAMES],
         )

@@ -23,7 +23,7 @@ from ..layout import BlockRun, Extent, StateLayout, StateSize
 from ..scalars import StepScalars
 from .base import Addresses, TensorStep, pack_rows, readable_grads
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 LIBRARY_NAME = "libmicroadam_cpu.so"
 ISAS = {"portable": 0, "avx2": 1, "avx512": 2}  # slowest first
 
@@ -167,7 +167,6 @@ class CpuBackend:
             [scalars[tensor.step] for tensor in tensors],
             addresses.param,
             addresses.grad,
-            addresses.param_copy,
             addresses.counter,
             *addresses.state,
             [_DTYPES[tensor.param.dtype] for tensor in tensors],

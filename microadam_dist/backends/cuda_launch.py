@@ -43,7 +43,7 @@ class _Run(Structure):
 
 class _Tensor(Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("param", "grad", "param_copy", *STATE_NAMES, "step")),
+        *((name, c_void_p) for name in ("param", "grad", *STATE_NAMES, "step")),
         ("is_aligned", c_int64),
     ]
 
@@ -232,7 +232,7 @@ def fill_launch(
         num_tensors=len(tensors),
     )
     addresses = Addresses.of(tensors, grads)
-    accessed = [addresses.param, addresses.grad, addresses.param_copy, *addresses.state]
+    accessed = [addresses.param, addresses.grad, *addresses.state]
     is_aligned = [functools.reduce(operator.or_, row) % 16 == 0 for row in zip(*accessed, strict=True)]
     rows = pack_rows([*accessed, addresses.counter, is_aligned])
     ctypes.memmove(launch.tensors, rows, len(rows))

@@ -37,10 +37,6 @@ class ReferenceBackend:
                     skipped.append(microadam_step_(blocks, tensor.layout, run.num_kept, tensor.step, scalars))
             if tensor.grad is not None:
                 skipped += [self._dense_step(tensor, tensor.grad, dense, scalars) for dense in tensor.layout.dense_runs]
-            if tensor.param_copy is not None:
-                for span in tensor.layout.spans:
-                    local = slice(span.offset, span.offset + span.numel)
-                    tensor.param_copy.view(-1)[local] = tensor.param.view(-1)[local]
         count_steps(tensors)
         return int(torch.stack(skipped).sum()) if skipped else 0
 

@@ -115,7 +115,7 @@ class HarnessBackend:
                     *(x for x in (inputs.lr, inputs.loss_scale, inputs.found_inf) if x is not None),
                 ]
             for tensor, grad in zip(group, group_grads, strict=True):
-                memory += [x for x in (tensor.param, grad, tensor.param_copy, tensor.counter) if x is not None]
+                memory += [x for x in (tensor.param, grad, tensor.counter) if x is not None]
                 memory += tensor.state.values()
             self._run(launch, plan, macros, memory)
             num_skipped += int(skipped[0])

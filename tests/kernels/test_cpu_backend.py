@@ -20,7 +20,6 @@ from microadam_dist.errors import BackendUnavailableError, ConfigError
 
 from .cases import BF16, FP16, FP32, GRADIENTS, KERNEL_CASES, Case, is_replayed, part, replay_case, run_case
 from .checks import (
-    assert_copy_is_rounded_weights,
     assert_same_bits,
     assert_same_every_16_bit_weight,
     assert_same_for_many_tensors,
@@ -109,11 +108,6 @@ def test_weights_follow_from_the_window(isa: str) -> None:
 
 def test_one_call_for_many_tensors() -> None:
     assert_same_for_many_tensors(CpuBackend())
-
-
-@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
-def test_copy_of_the_weights(dtype: torch.dtype) -> None:
-    assert_copy_is_rounded_weights(CpuBackend(), dtype)
 
 
 class _FlushingBackend(CpuBackend):

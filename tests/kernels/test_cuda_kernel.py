@@ -12,9 +12,8 @@ from microadam_dist.backends.cuda_launch import SHAPES, step_factors
 from microadam_dist.config import MAX_BLOCK_SIZE, MicroAdamConfig
 from microadam_dist.scalars import StepScalars
 
-from .cases import BF16, FP16, FP32, KERNEL_CASES, Case, is_replayed, replay_case
+from .cases import BF16, FP16, KERNEL_CASES, Case, is_replayed, replay_case
 from .checks import (
-    assert_copy_is_rounded_weights,
     assert_same_bits,
     assert_same_every_16_bit_weight,
     assert_same_for_many_tensors,
@@ -50,11 +49,6 @@ def test_every_16_bit_weight(shape: tuple[int, ...], dtype: torch.dtype, decay: 
 
 def test_one_call_for_many_tensors() -> None:
     assert_same_for_many_tensors(HarnessBackend())
-
-
-@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
-def test_copy_of_the_weights(dtype: torch.dtype) -> None:
-    assert_copy_is_rounded_weights(HarnessBackend(), dtype)
 
 
 def test_every_block_size_has_a_shape() -> None:

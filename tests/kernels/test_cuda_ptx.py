@@ -22,7 +22,7 @@ from microadam_dist.backends.cuda_launch import Launch, Plan, _Run
 from microadam_dist.errors import BackendUnavailableError
 
 from .cases import BF16, FP16, FP32, Case, nonfinite, part, replay_case, ties, whole
-from .checks import assert_copy_is_rounded_weights, assert_same_bits, assert_same_with_numbers_on_the_device
+from .checks import assert_same_bits, assert_same_with_numbers_on_the_device
 from .cuda_harness import SOURCES, HarnessBackend, copy_with_mistake
 from .ptx import Kernel, Memory, ThreadBlock
 
@@ -119,10 +119,6 @@ def test_for_another_architecture_and_order_of_warps(case: Case) -> None:
 @pytest.mark.parametrize("packed", [False, True])
 def test_weights_follow_from_the_window(packed: bool) -> None:
     replay_case(replace(ODD, settings={"window_size": 3, "packed_window": packed}), PtxBackend())
-
-
-def test_copy_of_the_weights() -> None:
-    assert_copy_is_rounded_weights(PtxBackend(), FP32)
 
 
 def test_scalars_computed_on_the_device() -> None:
