@@ -12,7 +12,8 @@ from ..config import MicroAdamConfig
 from ..layout import DENSE_TENSORS, BlockRun, DenseRun
 from ..scalars import StepScalars
 from ..state import block_views
-from .base import TensorStep, count_steps
+from .base import TensorStep
+from .tensors import count_steps
 
 # Blocks are independent, so a large run is worked off in pieces to bound the temporaries (about 100 bytes an element).
 CHUNK_NUMEL = 1 << 20

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from microadam_dist import MicroAdam
-from microadam_dist.backends.base import AutoBackend, TensorStep
+from microadam_dist.backends.base import TensorStep
 from microadam_dist.backends.cuda import CudaBackend
+from microadam_dist.backends.select import AutoBackend
 from microadam_dist.config import MicroAdamConfig
 from microadam_dist.errors import BackendUnavailableError, ConfigError
 from microadam_dist.layout import ShardSpan, StateLayout

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from microadam_dist.backends import cpu
-from microadam_dist.backends.base import AutoBackend, TensorStep, select_backend
+from microadam_dist.backends.base import TensorStep
 from microadam_dist.backends.cpu import CpuBackend
+from microadam_dist.backends.select import AutoBackend, select_backend
 from microadam_dist.config import MicroAdamConfig
 from microadam_dist.errors import BackendUnavailableError, ConfigError
 

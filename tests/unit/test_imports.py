@@ -31,7 +31,7 @@ ALLOWED = {
     "state": f"{CORE} window",
     "quantization": f"{CORE} state",
     "algorithm": f"{CORE} state quantization window",
-    "backends.reference": f"{CORE} state algorithm backends.base",
+    "backends.reference": f"{CORE} state algorithm backends.base backends.tensors",
     "backends*": f"{CORE} state backends*",
     "engines.base": "errors layout",
     "engines.deepspeed": "errors layout engines.base engines.deepspeed_sparse",
@@ -46,7 +46,8 @@ ALLOWED = {
     "bench*": f"{CORE} planner* backends.cpu optimizer diagnostics* bench*",
     "nonfinite": "",
     "sharded_optimizer": f"{CORE} state engines.base checkpoint.format checkpoint.match",
-    "optimizer": f"{CORE} state backends.base engines.base diagnostics.metrics nonfinite sharded_optimizer",
+    "optimizer": f"{CORE} state backends.base backends.select engines.base diagnostics.metrics nonfinite"
+    " sharded_optimizer",
     "cli": "_commands",
     "_commands": f"{CORE} planner* checkpoint* diagnostics* bench.commands",
     "gradient_release": "errors engines.base optimizer",
