@@ -48,10 +48,7 @@ bool block_step(const Block& block, const Step& step, const Scratch& s) {
   } else if (block.scales == nullptr) {
     load_slot(block, step, s);
   }
-  with_type(block.param, step.param_dtype, [&](auto* param) {
-    if (finite) update_weights(param, block, step, s);
-    if (block.param_copy != nullptr) convert(block.param_copy, param, block.numel);
-  });
+  if (finite) with_type(block.param, step.param_dtype, [&](auto* param) { update_weights(param, block, step, s); });
   return finite;
 }
 
@@ -60,7 +57,6 @@ bool dense_step(const DensePiece& piece, const Step& step) {
   with_type(piece.param, step.param_dtype, [&](auto* param) {
     with_type(const_cast<void*>(piece.grad), step.grad_dtype,
               [&](const auto* grad) { finite = adamw_step(param, grad, piece, *step.scalars); });
-    if (piece.param_copy != nullptr) convert(piece.param_copy, param, piece.numel);
   });
   return finite;
 }

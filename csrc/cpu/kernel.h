@@ -16,7 +16,6 @@ constexpr int kPad = 2 * kTile;  // elements that vector code may touch beyond t
 struct Block {
   void* param;
   const void* grad;  // null: the newest slot is in the window already, only the weights are updated
-  Bf16* param_copy;  // null: not wanted
   uint8_t* codes;
   Bf16 *bucket_lo, *bucket_hi;
   // window_size slots of num_kept entries, see window.h; null: no window is stored
@@ -30,7 +29,6 @@ struct Block {
 struct DensePiece {
   void* param;
   const void* grad;
-  Bf16* param_copy;
   float *exp_avg, *exp_avg_sq;
   int numel;
 };

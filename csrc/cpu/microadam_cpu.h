@@ -15,7 +15,7 @@ extern "C" {
 #define MICROADAM_API __attribute__((visibility("default")))
 
 /* Raised with every change of a structure or a signature below. */
-#define MICROADAM_CPU_ABI_VERSION 5
+#define MICROADAM_CPU_ABI_VERSION 6
 
 enum microadam_dtype { MICROADAM_FP32 = 0, MICROADAM_BF16 = 1, MICROADAM_FP16 = 2 };
 
@@ -62,8 +62,7 @@ typedef struct {
   const microadam_scalars* scalars;
   void* param;
   const void* grad;
-  uint16_t* param_copy; /* optional second output: the new weights rounded to bf16 */
-  int64_t* counter;     /* optional: 1 is added */
+  int64_t* counter; /* optional: 1 is added */
   uint8_t* codes;
   uint16_t *bucket_lo, *bucket_hi; /* bf16 */
   uint8_t* indices; /* 16 bits each; packed: 12 bits */

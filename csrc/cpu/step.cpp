@@ -138,7 +138,6 @@ Block locate(const microadam_tensor& tensor, const microadam_block_run& run, int
   Block block;
   block.param = at_element(tensor.param, tensor.param_dtype, element);
   block.grad = tensor.grad == nullptr ? nullptr : at_element(tensor.grad, tensor.grad_dtype, element);
-  block.param_copy = at(bf16(tensor.param_copy), element);
   block.codes = at(tensor.codes, begin(run.codes));
   block.bucket_lo = at(bf16(tensor.bucket_lo), begin(run.buckets));
   block.bucket_hi = at(bf16(tensor.bucket_hi), begin(run.buckets));
@@ -169,7 +168,6 @@ void run_dense(Call& call, const Job& job, int64_t first, const Step& step) {
   DensePiece piece;
   piece.param = at_element(tensor.param, tensor.param_dtype, element);
   piece.grad = at_element(tensor.grad, tensor.grad_dtype, element);
-  piece.param_copy = at(bf16(tensor.param_copy), element);
   piece.exp_avg = tensor.exp_avg + moment;
   piece.exp_avg_sq = tensor.exp_avg_sq + moment;
   piece.numel = static_cast<int>(std::min(job.units_per_piece, job.dense->numel - first));

@@ -8,62 +8,57 @@
 
 namespace microadam {
 
-__device__ __forceinline__ void skip_block(const Launch& launch, const Shared& s) {
-  if (kWindowSize > 1) store_empty_slot(s);
-  if (s.block.param_copy != nullptr) {
-#pragma unroll 1
-    for (int i = threadIdx.x; i < s.block.numel; i += kThreads) {
-      round_to(s.block.param_copy + i, to_float(s.block.param[i]));
-    }
-  }
+template <class Traits>
+__device__ __forceinline__ void skip_block(const Launch& launch, const Shared<Traits>& s) {
+  if (Traits::kHasWindow) store_empty_slot(s);
   if (threadIdx.x == 0) atomicAdd(launch.num_skipped, 1);
 }
 
 // s.block and s.scalars are set, bins and sums are clear.
-template <bool kAligned>
-__device__ __forceinline__ void block_step(const Launch& launch, Shared& s) {
-  float a[kChunks][kVector];
+template <bool kAligned, class Traits>
+__device__ __forceinline__ void block_step(const Launch& launch, Shared<Traits>& s) {
+  Elements<Traits> a;
   stage_window(s);
   accumulate<kAligned>(s.block, s.scalars.grad_scale, a);
   __syncthreads();
   sum_slots(0, launch, s);
 
-  uint32 packed[kChunks][kVector / 2];
-  pack(a, packed);
+  Keys<Traits> packed;
+  pack<Traits>(a, packed);
   Threshold threshold;
   if (!find_threshold(a, packed, s.block.numel, s.block.num_kept, &threshold, s)) {
     skip_block(launch, s);
     return;
   }
-  if (kPackedWindow) find_largest(packed, s);
-  Kept kept[kChunks];
+  if (Traits::kPackedWindow) find_largest(packed, s);
+  Kept kept[Traits::kChunks];
   mark_kept(packed, threshold, kept, s);
   Scale scale = {};
-  if (kPackedWindow) scale = store_scale(s);
+  if (Traits::kPackedWindow) scale = store_scale(s);
 
 #pragma unroll
-  for (int c = 0; c < kChunks; ++c) {
-    if (c * kSection >= s.block.numel) break;
+  for (int c = 0; c < Traits::kChunks; ++c) {
+    if (c * Traits::kSection >= s.block.numel) break;
     if (c > 0) {
       clear_sums(s);
       __syncthreads();
       sum_slots(c, launch, s);
     }
     take_kept(c, packed[c], kept[c], scale, a[c], s);
-    if (buckets_fit_warps()) encode_chunk<kAligned>(s.block, c, a[c]);
+    if constexpr (Traits::kBucketsFitWarps) encode_chunk<kAligned>(s.block, c, a[c]);
     update_slots(c, s);
     __syncthreads();
     apply_updates<kAligned>(c, s);
   }
-  if (!buckets_fit_warps()) encode_any<kAligned>(s.block, a, s);
+  if constexpr (!Traits::kBucketsFitWarps) encode_any<kAligned>(s.block, a, s);
 }
 
 // The weights alone, from a window that has all its slots.
-template <bool kAligned>
-__device__ __forceinline__ void replay_block(const Launch& launch, Shared& s) {
+template <bool kAligned, class Traits>
+__device__ __forceinline__ void replay_block(const Launch& launch, Shared<Traits>& s) {
   stage_window(s);
 #pragma unroll 1
-  for (int c = 0; c * kSection < s.block.numel; ++c) {
+  for (int c = 0; c * Traits::kSection < s.block.numel; ++c) {
     if (c > 0) clear_sums(s);
     __syncthreads();
     sum_slots(c, launch, s);
@@ -74,27 +69,28 @@ __device__ __forceinline__ void replay_block(const Launch& launch, Shared& s) {
   }
 }
 
-template <bool kAligned>
-__device__ __forceinline__ void sparse_step(const Launch& launch, Shared& s) {
-  if constexpr (kReplays) {
+template <bool kAligned, class Traits>
+__device__ __forceinline__ void sparse_step(const Launch& launch, Shared<Traits>& s) {
+  if constexpr (Traits::kReplays) {
     replay_block<kAligned>(launch, s);
   } else {
     block_step<kAligned>(launch, s);
   }
 }
 
-// AdamW on kChunks * kSection elements of the dense path, beginning with number `start` of the run:
+// AdamW on kCapacity elements of the dense path, beginning with number `start` of the run:
 // m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2;  p = p * (1 - lr*wd) - lr * (m_hat / (eps + sqrt(v_hat)))
+template <class Traits>
 __device__ __forceinline__ void dense_step(const Tensor& tensor, const Run& run, int64 start, const Launch& launch,
                                            const Scalars& scalars, int32* flag) {
-  Param* const param = static_cast<Param*>(tensor.param) + run.elements.start;
-  const Grad* const grad = static_cast<const Grad*>(tensor.grad) + run.elements.start;
+  auto* const param = static_cast<typename Traits::Param*>(tensor.param) + run.elements.start;
+  auto* const grad = static_cast<const typename Traits::Grad*>(tensor.grad) + run.elements.start;
   float* const exp_avg = tensor.exp_avg + run.values.start;
   float* const exp_avg_sq = tensor.exp_avg_sq + run.values.start;
-  const int64 end = min(start + kChunks * kSection, run.numel);
+  const int64 end = min(start + Traits::kCapacity, run.numel);
   bool is_finite = true;
 #pragma unroll 1
-  for (int64 i = start + threadIdx.x; i < end; i += kThreads) {
+  for (int64 i = start + threadIdx.x; i < end; i += Traits::kThreads) {
     const float g = to_float(grad[i]) * scalars.grad_scale;
     if (bf16_bits(fabsf(g)) < kNotFinite) {
       const float m = exp_avg[i] * scalars.beta1 + g * scalars.one_minus_beta1;
@@ -106,13 +102,13 @@ __device__ __forceinline__ void dense_step(const Tensor& tensor, const Run& run,
     } else {
       is_finite = false;
     }
-    if (tensor.param_copy != nullptr) round_to(tensor.param_copy + run.elements.start + i, to_float(param[i]));
   }
   if (!is_finite && atomicExch(flag, 1) == 0) atomicAdd(launch.num_skipped, 1);
 }
 
 // What thread block number `index` of a launch does.
-__device__ __forceinline__ void step(const Launch& launch, uint32 index, Shared& s) {
+template <class Traits>
+__device__ __forceinline__ void step(const Launch& launch, uint32 index, Shared<Traits>& s) {
   uint32 number = launch.first_runs[index >> kRunShift];
   while (launch.runs[number + 1].first_block <= index) ++number;
   const Run& run = launch.runs[number];
@@ -120,16 +116,16 @@ __device__ __forceinline__ void step(const Launch& launch, uint32 index, Shared&
   const uint32 index_in_run = index - static_cast<uint32>(run.first_block);
   if (threadIdx.x == 0) {
     s.scalars = launch.device_scalars == nullptr ? launch.scalars : launch.device_scalars[run.tensor];
-    if (run.num_kept != 0) s.block = find_block(tensor, run, index_in_run);
+    if (run.num_kept != 0) s.block = find_block<Traits>(tensor, run, index_in_run);
   }
   clear_bins(s);
   clear_sums(s);
   __syncthreads();
   if (s.scalars.is_skipped) return;
   if (run.num_kept == 0) {
-    if (kReplays) return;
-    const int64 start = static_cast<int64>(index_in_run) * (kChunks * kSection);
-    dense_step(tensor, run, start, launch, s.scalars, launch.dense_flags + number);
+    if (Traits::kReplays) return;
+    const int64 start = static_cast<int64>(index_in_run) * Traits::kCapacity;
+    dense_step<Traits>(tensor, run, start, launch, s.scalars, launch.dense_flags + number);
   } else if (run.is_aligned && tensor.is_aligned) {
     sparse_step<true>(launch, s);
   } else {

@@ -7,47 +7,53 @@ namespace microadam {
 
 constexpr float kLevels = 15.f;
 
-// Code number j of eight times step_q, rounded once. The code's bits become the last ones of 2^23 + code; what 2^23 adds
-// to the product is subtracted again without an error.
+// Code number j of eight times step_q, rounded once. The code's bits become the last ones of 2^23 + code; what 2^23
+// adds to the product is subtracted again without an error.
 __device__ __forceinline__ float times_code(uint32 codes, int j, float step_q) {
   const uint32 power = in_register(0x4b000000u);  // 2^23
+  //   one_a_byte: | 06 | 04 | 02 | 00 | for even j, the numbers of the codes; | 07 | 05 | 03 | 01 | for odd j
+  //   selector       3    2    1    0
+  //   power:      | 4b | 00 | 00 | 00 |
+  //   selector       7    6    5    4
+  //   number:     | 4b | 00 | 00 | code j |
+  //   selector       7    4    4    j / 2
   const uint32 one_a_byte = (j % 2 == 0 ? codes : codes >> 4) & 0x0f0f0f0fu;
   const float number = as_float(__byte_perm(one_a_byte, power, 0x7440 | j / 2));
   return __fmaf_rn(number, step_q, -(as_float(power) * step_q));
 }
 
+template <class Traits>
 __device__ __forceinline__ int32 bucket_of(int element) {
-  return static_cast<uint32>(element) / static_cast<uint32>(kBucketSize);
+  return static_cast<uint32>(element) / static_cast<uint32>(Traits::kBucketSize);
 }
 
 // (hi - lo) / 15
 __device__ __forceinline__ float step_of(Bf16 lo, Bf16 hi) { return __fdiv_rn(to_float(hi) - to_float(lo), kLevels); }
 
 // a = g * grad_scale + (codes * step_q + lo), zero beyond the block.
-template <bool kAligned>
-__device__ __forceinline__ void accumulate(const Block& block, float grad_scale,
-                                           float (&a)[kChunks][kVector]) {
-  uint32 codes[kChunks];
-  Bf16 lo[kChunks], hi[kChunks];  // of the bucket of the first element, most often of all
+template <bool kAligned, class Traits>
+__device__ __forceinline__ void accumulate(const Block<Traits>& block, float grad_scale, Elements<Traits>& a) {
+  uint32 codes[Traits::kChunks];
+  Bf16 lo[Traits::kChunks], hi[Traits::kChunks];  // of the bucket of the first element, most often of all
 #pragma unroll
-  for (int c = 0; c < kChunks; ++c) {
-    const int first = first_element(c);
+  for (int c = 0; c < Traits::kChunks; ++c) {
+    const int first = first_element<Traits>(c);
     load_first<kAligned>(a[c], in_global(block.grad) + first, block.numel - first);
     codes[c] = load_codes<kAligned>(in_global(block.codes) + code_offset(first), block.numel - first);
     if (first >= block.numel) continue;
-    lo[c] = in_global(block.bucket_lo)[bucket_of(first)];
-    hi[c] = in_global(block.bucket_hi)[bucket_of(first)];
+    lo[c] = in_global(block.bucket_lo)[bucket_of<Traits>(first)];
+    hi[c] = in_global(block.bucket_hi)[bucket_of<Traits>(first)];
   }
 #pragma unroll
-  for (int c = 0; c < kChunks; ++c) {
-    const int first = first_element(c);
+  for (int c = 0; c < Traits::kChunks; ++c) {
+    const int first = first_element<Traits>(c);
     if (first >= block.numel) continue;
     float lowest = to_float(lo[c]), step_q = step_of(lo[c], hi[c]);
 #pragma unroll
     for (int j = 0; j < kVector; ++j) {
       if (!kAligned && first + j >= block.numel) continue;
-      if (j > 0 && kBucketSize % kVector != 0) {
-        const int bucket = bucket_of(first + j);
+      if (j > 0 && Traits::kBucketSize % kVector != 0) {
+        const int bucket = bucket_of<Traits>(first + j);
         lowest = to_float(in_global(block.bucket_lo)[bucket]);
         step_q = step_of(in_global(block.bucket_lo)[bucket], in_global(block.bucket_hi)[bucket]);
       }
@@ -80,15 +86,10 @@ __device__ __forceinline__ int32 level_of(float a, const Range& range) {
   return static_cast<int32>(float_bits(scaled * as_float(1u)));
 }
 
-// Whether a bucket lies in the same chunk of one thread or of neighbouring threads of a warp.
-__device__ __forceinline__ bool buckets_fit_warps() {
-  return kBucketSize % kVector == 0 && kBucketSize <= 32 * kVector && (kBucketSize & (kBucketSize - 1)) == 0;
-}
-
-// Encodes chunk c of all threads, where buckets_fit_warps().
-template <bool kAligned>
-__device__ __forceinline__ void encode_chunk(const Block& block, int c, const float (&a)[kVector]) {
-  const int first = first_element(c), count = block.numel - first;
+// Encodes chunk c of all threads, where kBucketsFitWarps.
+template <bool kAligned, class Traits>
+__device__ __forceinline__ void encode_chunk(const Block<Traits>& block, int c, const float (&a)[kVector]) {
+  const int first = first_element<Traits>(c), count = block.numel - first;
   float low = a[0], high = a[0];
 #pragma unroll
   for (int j = 1; j < kVector; ++j) {
@@ -101,7 +102,7 @@ __device__ __forceinline__ void encode_chunk(const Block& block, int c, const fl
     high = -low;
   }
 #pragma unroll
-  for (int distance = 1; distance * kVector < kBucketSize; distance *= 2) {
+  for (int distance = 1; distance * kVector < Traits::kBucketSize; distance *= 2) {
     low = fminf(low, __shfl_xor_sync(kFullWarp, low, distance));
     high = fmaxf(high, __shfl_xor_sync(kFullWarp, high, distance));
   }
@@ -111,9 +112,9 @@ __device__ __forceinline__ void encode_chunk(const Block& block, int c, const fl
 #pragma unroll
   for (int j = kVector - 2; j >= 0; j -= 2) codes = put_first(codes, level_of(a[j], range), level_of(a[j + 1], range));
   store_codes<kAligned>(in_global(block.codes) + code_offset(first), codes, count);
-  if (static_cast<uint32>(first) % static_cast<uint32>(kBucketSize) == 0) {
-    in_global(block.bucket_lo)[bucket_of(first)] = range.lo;
-    in_global(block.bucket_hi)[bucket_of(first)] = range.hi;
+  if (static_cast<uint32>(first) % static_cast<uint32>(Traits::kBucketSize) == 0) {
+    in_global(block.bucket_lo)[bucket_of<Traits>(first)] = range.lo;
+    in_global(block.bucket_hi)[bucket_of<Traits>(first)] = range.hi;
   }
 }
 
@@ -127,52 +128,52 @@ __device__ __forceinline__ float from_ordered(int32 x) {
 }
 
 // Encodes the block for any other bucket size, up to kSection buckets at a time. The sums are no longer needed.
-template <bool kAligned>
-__device__ __forceinline__ void encode_any(const Block& block, const float (&a)[kChunks][kVector],
-                                           Shared& s) {
+template <bool kAligned, class Traits>
+__device__ __forceinline__ void encode_any(const Block<Traits>& block, const Elements<Traits>& a, Shared<Traits>& s) {
   int32* const low = reinterpret_cast<int32*>(s.m_sums);
   int32* const high = reinterpret_cast<int32*>(s.v_sums);
-  uint32 codes[kChunks] = {};
-  const int num_buckets = (block.numel + kBucketSize - 1) / kBucketSize;
-  for (int first_bucket = 0; first_bucket < num_buckets; first_bucket += kSection) {
-    const int count = min(num_buckets - first_bucket, kSection);
+  uint32 codes[Traits::kChunks] = {};
+  const int num_buckets = (block.numel + Traits::kBucketSize - 1) / Traits::kBucketSize;
+  for (int first_bucket = 0; first_bucket < num_buckets; first_bucket += Traits::kSection) {
+    const int count = min(num_buckets - first_bucket, Traits::kSection);
     __syncthreads();
-    for (int i = threadIdx.x; i < count; i += kThreads) {
+    for (int i = threadIdx.x; i < count; i += Traits::kThreads) {
       low[i] = 0x7fffffff;
       high[i] = -0x7fffffff - 1;
     }
     __syncthreads();
 #pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
+    for (int c = 0; c < Traits::kChunks; ++c) {
 #pragma unroll
       for (int j = 0; j < kVector; ++j) {
-        const int bucket = bucket_of(first_element(c) + j) - first_bucket;
-        if (first_element(c) + j >= block.numel || bucket < 0 || bucket >= count) continue;
+        const int bucket = bucket_of<Traits>(first_element<Traits>(c) + j) - first_bucket;
+        if (first_element<Traits>(c) + j >= block.numel || bucket < 0 || bucket >= count) continue;
         atomicMin(&low[bucket], ordered(a[c][j]));
         atomicMax(&high[bucket], ordered(a[c][j]));
       }
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < count; i += kThreads) {
+    for (int i = threadIdx.x; i < count; i += Traits::kThreads) {
       const Range range = make_range(from_ordered(low[i]), from_ordered(high[i]));
       in_global(block.bucket_lo)[first_bucket + i] = range.lo;
       in_global(block.bucket_hi)[first_bucket + i] = range.hi;
     }
 #pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
+    for (int c = 0; c < Traits::kChunks; ++c) {
 #pragma unroll
       for (int j = 0; j < kVector; ++j) {
-        const int bucket = bucket_of(first_element(c) + j) - first_bucket;
-        if (first_element(c) + j >= block.numel || bucket < 0 || bucket >= count) continue;
+        const int bucket = bucket_of<Traits>(first_element<Traits>(c) + j) - first_bucket;
+        if (first_element<Traits>(c) + j >= block.numel || bucket < 0 || bucket >= count) continue;
         const Range range = make_range(from_ordered(low[bucket]), from_ordered(high[bucket]));
         codes[c] |= put_first(0, level_of(a[c][j], range), 0) << (4 * j);
       }
     }
   }
 #pragma unroll
-  for (int c = 0; c < kChunks; ++c) {
-    const int first = first_element(c);
-    if (first < block.numel) store_codes<kAligned>(in_global(block.codes) + code_offset(first), codes[c], block.numel - first);
+  for (int c = 0; c < Traits::kChunks; ++c) {
+    const int first = first_element<Traits>(c);
+    if (first < block.numel)
+      store_codes<kAligned>(in_global(block.codes) + code_offset(first), codes[c], block.numel - first);
   }
 }
 

@@ -1,4 +1,4 @@
-// What one launch is given. `microadam_dist/backends/cuda.py` mirrors these structures with ctypes.
+// What one launch is given. `microadam_dist/backends/cuda_launch.py` mirrors these structures with ctypes.
 //
 // Offsets are in elements; a flat state tensor is described in `microadam_dist/layout.py`.
 #pragma once
@@ -27,7 +27,6 @@ struct Run {
 struct Tensor {
   void* param;
   const void* grad;
-  Bf16* param_copy;  // optional second output
   uint8* codes;
   Bf16 *bucket_lo, *bucket_hi;
   uint8 *indices, *values;
@@ -61,6 +60,8 @@ struct DeviceInputs {
 // Runs are found by block: first_runs[i] is the run of block i << kRunShift, and one more run marks the end.
 constexpr int kRunShift = 6;
 
+constexpr int kMaxTensors = 256;  // the parameters of a launch stay below 32 KiB
+
 struct Launch {
   Scalars scalars;
   Scalars* device_scalars;  // if not null, one for each tensor, instead
@@ -71,7 +72,7 @@ struct Launch {
   int32* num_skipped;  // blocks with a non-finite accumulator are added
   int32* dense_flags;  // one for each run, zero: a dense run counts once
   int64 num_tensors;
-  Tensor tensors[MICROADAM_MAX_TENSORS];
+  Tensor tensors[kMaxTensors];
 };
 
 }  // namespace microadam

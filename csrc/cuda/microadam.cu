@@ -1,18 +1,13 @@
-// The kernels. Compiled for one set of these macros:
-//   MICROADAM_PARAM, MICROADAM_GRAD           element types: float, Bf16 or Fp16
-//   MICROADAM_REPLAY                          1: there is no gradient, the newest slot is in the window already, and only
-//                                             the weights are updated; 0: the whole step
-//   MICROADAM_THREADS, MICROADAM_CHUNKS       threads of a block, times 8 elements, times chunks: the longest block
-//   MICROADAM_WINDOW_SIZE, MICROADAM_BUCKET_SIZE, MICROADAM_MAX_KEPT
-//   MICROADAM_PACKED_WINDOW                   1: 12-bit indices and 8-bit values
-//   MICROADAM_MAX_TENSORS                     rows of the table of tensors
-//   MICROADAM_MIN_BLOCKS                      thread blocks that shall fit a multiprocessor at once
+// The kernels, for the settings of settings.cuh.
 #include "block_step.cuh"
 #include "scalars.cuh"
+#include "settings.cuh"
 
-extern "C" __global__ void __launch_bounds__(MICROADAM_THREADS, MICROADAM_MIN_BLOCKS)
+using Traits = microadam::KernelTraits<microadam::Settings>;
+
+extern "C" __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     microadam_step(const __grid_constant__ microadam::Launch launch) {
-  __shared__ microadam::Shared shared;
+  __shared__ microadam::Shared<Traits> shared;
   microadam::step(launch, blockIdx.x, shared);
 }
 

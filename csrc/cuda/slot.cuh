@@ -24,7 +24,8 @@ __device__ __forceinline__ Scale make_scale(uint32 largest_key, Bf16* stored) {
 }
 
 // After find_largest and a barrier.
-__device__ __forceinline__ Scale store_scale(const Shared& s) {
+template <class Traits>
+__device__ __forceinline__ Scale store_scale(const Shared<Traits>& s) {
   Bf16 stored;
   const Scale scale = make_scale(s.largest_key, &stored);
   if (threadIdx.x == 0) in_global(s.block.scales)[s.scalars.newest_slot] = stored;
@@ -41,22 +42,19 @@ __device__ __forceinline__ float stored_value(float value, const Scale& scale) {
 }
 
 // The value of an entry as stored_entry() gives it.
+template <class Traits>
 __device__ __forceinline__ float value_of(uint32 entry, float scale) {
-  if (!kPackedWindow) return as_float(entry & 0xffff0000u);
+  if (!Traits::kPackedWindow) return as_float(entry & 0xffff0000u);
   return static_cast<float>(static_cast<int32>(entry << 8) >> 24) * scale;
 }
 
-__device__ __forceinline__ uint16* wide_indices(const Block& block) {
-  return reinterpret_cast<uint16*>(in_global(block.indices));
-}
-
-__device__ __forceinline__ uint16* wide_values(const Block& block) {
-  return reinterpret_cast<uint16*>(in_global(block.values));
-}
+// Indices or values that are not packed.
+__device__ __forceinline__ uint16* wide(uint8* stored) { return reinterpret_cast<uint16*>(in_global(stored)); }
 
 // Entry number i of the window: its index, and the bits of its value in the upper half.
-__device__ __forceinline__ uint32 stored_entry(int i, const Block& block) {
-  if (!kPackedWindow) return wide_indices(block)[i] | static_cast<uint32>(wide_values(block)[i]) << 16;
+template <class Traits>
+__device__ __forceinline__ uint32 stored_entry(int i, const Block<Traits>& block) {
+  if (!Traits::kPackedWindow) return wide(block.indices)[i] | static_cast<uint32>(wide(block.values)[i]) << 16;
   const uint32 slot = static_cast<uint32>(i) / static_cast<uint32>(block.num_kept), place = i - slot * block.num_kept;
   const uint8* const bytes = in_global(block.indices) + slot * block.index_bytes + place / 2 * 3;
   const uint32 index = place % 2 == 0 ? bytes[0] | (bytes[1] & 15u) << 8 : bytes[1] >> 4 | bytes[2] << 4;
@@ -64,16 +62,18 @@ __device__ __forceinline__ uint32 stored_entry(int i, const Block& block) {
 }
 
 // Entry number `place` of the newest slot.
-__device__ __forceinline__ void store_entry(int place, uint32 index, uint32 value, const Shared& s) {
+template <class Traits>
+__device__ __forceinline__ void store_entry(int place, uint32 index, uint32 value, const Shared<Traits>& s) {
   const int i = s.scalars.newest_slot * s.block.num_kept + place;
-  wide_indices(s.block)[i] = static_cast<uint16>(index);
-  wide_values(s.block)[i] = static_cast<uint16>(value);
+  wide(s.block.indices)[i] = static_cast<uint16>(index);
+  wide(s.block.values)[i] = static_cast<uint16>(value);
 }
 
-// Entry number `place` of the newest slot, and the first bits of the `next` index, which shares a byte with every second
-// one; 0 if it is not known.
+// Entry number `place` of the newest slot, and the first bits of the `next` index, which shares a byte with every
+// second one; 0 if it is not known.
+template <class Traits>
 __device__ __forceinline__ void store_packed_index(int place, uint32 index, uint32 next, bool is_first,
-                                                   const Shared& s) {
+                                                   const Shared<Traits>& s) {
   uint8* const bytes = in_global(s.block.indices) + s.scalars.newest_slot * s.block.index_bytes + place / 2 * 3;
   if (place % 2 == 0) {
     bytes[0] = static_cast<uint8>(index);
@@ -85,26 +85,28 @@ __device__ __forceinline__ void store_packed_index(int place, uint32 index, uint
 }
 
 // Number i of `count` listed elements of a section, which begin at place `first` of the newest slot.
+template <class Traits>
 __device__ __forceinline__ void store_packed_entry(int section, int first, int i, int count, const Scale& scale,
-                                                   const Shared& s) {
-  const uint32 index = section * kSection + (s.list[i] & 0xffffu), next = i + 1 < count ? s.list[i + 1] : 0;
+                                                   const Shared<Traits>& s) {
+  const uint32 index = section * Traits::kSection + (s.list[i] & 0xffffu), next = i + 1 < count ? s.list[i + 1] : 0;
   store_packed_index(first + i, index, next, i == 0, s);
   const int32 code = code_of(as_float(s.list[i] & 0xffff0000u), scale);
   in_global(s.block.values)[s.scalars.newest_slot * s.block.num_kept + first + i] = static_cast<uint8>(code);
 }
 
 // The slot of a skipped block is stored empty: zeros at the first places, which add nothing anywhere.
-__device__ __forceinline__ void store_empty_slot(const Shared& s) {
+template <class Traits>
+__device__ __forceinline__ void store_empty_slot(const Shared<Traits>& s) {
 #pragma unroll 1
-  for (int i = threadIdx.x; i < s.block.num_kept; i += kThreads) {
-    if (kPackedWindow) {
+  for (int i = threadIdx.x; i < s.block.num_kept; i += Traits::kThreads) {
+    if (Traits::kPackedWindow) {
       store_packed_index(i, i, i + 1 < s.block.num_kept ? i + 1 : 0, false, s);
       in_global(s.block.values)[s.scalars.newest_slot * s.block.num_kept + i] = 0;
     } else {
       store_entry(i, i, 0, s);
     }
   }
-  if (kPackedWindow && threadIdx.x == 0) in_global(s.block.scales)[s.scalars.newest_slot].bits = 0;
+  if (Traits::kPackedWindow && threadIdx.x == 0) in_global(s.block.scales)[s.scalars.newest_slot].bits = 0;
 }
 
 }  // namespace microadam

@@ -18,16 +18,18 @@ __device__ __forceinline__ int32 coarse_bin(float magnitude) {
 }
 
 // The keys of a chunk with their signs: bf16(a), two to a word.
-__device__ __forceinline__ void pack(const float (&a)[kChunks][kVector], uint32 (&packed)[kChunks][kVector / 2]) {
+template <class Traits>
+__device__ __forceinline__ void pack(const Elements<Traits>& a, Keys<Traits>& packed) {
 #pragma unroll
-  for (int c = 0; c < kChunks; ++c) {
+  for (int c = 0; c < Traits::kChunks; ++c) {
 #pragma unroll
     for (int i = 0; i < kVector / 2; ++i) packed[c][i] = bf16_pair(a[c][2 * i], a[c][2 * i + 1]);
   }
 }
 
 // Finds the bin with the element number `rank` (1: the largest) and its rank inside the bin. For one warp.
-__device__ __forceinline__ void find_rank(const uint32* bins, uint32 rank, Shared& s) {
+template <class Traits>
+__device__ __forceinline__ void find_rank(const uint32* bins, uint32 rank, Shared<Traits>& s) {
   constexpr int kPerLane = kNumBins / 32;
   const int lane = threadIdx.x;
   const uint4* const vectors = reinterpret_cast<const uint4*>(bins) + 2 * lane;
@@ -53,10 +55,11 @@ __device__ __forceinline__ void find_rank(const uint32* bins, uint32 rank, Share
 }
 
 // Counts by exponent: of every chunk the largest magnitude, or all elements.
-__device__ __forceinline__ void count_coarse(const float (&a)[kChunks][kVector], int numel, bool all, Shared& s) {
+template <class Traits>
+__device__ __forceinline__ void count_coarse(const Elements<Traits>& a, int numel, bool all, Shared<Traits>& s) {
 #pragma unroll
-  for (int c = 0; c < kChunks; ++c) {
-    if (first_element(c) >= numel) continue;
+  for (int c = 0; c < Traits::kChunks; ++c) {
+    if (first_element<Traits>(c) >= numel) continue;
     if (all) {
 #pragma unroll
       for (int j = 0; j < kVector; ++j) atomicAdd(&s.coarse[coarse_bin(fabsf(a[c][j]))], 1u);
@@ -70,13 +73,14 @@ __device__ __forceinline__ void count_coarse(const float (&a)[kChunks][kVector],
 }
 
 // Counts the elements with a key from `base` on, by key; all far above it in the first bin.
-__device__ __forceinline__ void count_fine(const uint32 (&packed)[kChunks][kVector / 2], uint32 base, Shared& s) {
+template <class Traits>
+__device__ __forceinline__ void count_fine(const Keys<Traits>& packed, uint32 base, Shared<Traits>& s) {
   const int32 largest = static_cast<int32>(base) + kNumBins - 1, ignored = kNumBins + threadIdx.x % 32;
   const auto count = [&](uint32 key) {  // without a branch
     atomicAdd(&s.fine[min(max(largest - static_cast<int32>(key), 0), ignored)], 1u);
   };
 #pragma unroll
-  for (int c = 0; c < kChunks; ++c) {
+  for (int c = 0; c < Traits::kChunks; ++c) {
 #pragma unroll
     for (int i = 0; i < kVector / 2; ++i) {
       const uint32 keys = packed[c][i] & 0x7fff7fffu;
@@ -86,17 +90,19 @@ __device__ __forceinline__ void count_fine(const uint32 (&packed)[kChunks][kVect
   }
 }
 
-__device__ __forceinline__ void clear_bins(Shared& s) {
+template <class Traits>
+__device__ __forceinline__ void clear_bins(Shared<Traits>& s) {
 #pragma unroll 1
-  for (int i = threadIdx.x; i < kNumBins; i += kThreads) s.coarse[i] = s.fine[i] = 0;
-  if (kPackedWindow && threadIdx.x == 0) s.largest_key = 0;
+  for (int i = threadIdx.x; i < kNumBins; i += Traits::kThreads) s.coarse[i] = s.fine[i] = 0;
+  if (Traits::kPackedWindow && threadIdx.x == 0) s.largest_key = 0;
 }
 
 // The largest key of the block, for all threads after a barrier.
-__device__ __forceinline__ void find_largest(const uint32 (&packed)[kChunks][kVector / 2], Shared& s) {
+template <class Traits>
+__device__ __forceinline__ void find_largest(const Keys<Traits>& packed, Shared<Traits>& s) {
   uint32 largest = 0;
 #pragma unroll
-  for (int c = 0; c < kChunks; ++c) {
+  for (int c = 0; c < Traits::kChunks; ++c) {
 #pragma unroll
     for (int i = 0; i < kVector / 2; ++i) {
       largest = max(largest, max(packed[c][i] & 0x7fffu, packed[c][i] >> 16 & 0x7fffu));
@@ -112,9 +118,9 @@ struct Threshold {
 };
 
 // The bins are clear. Returns false when an element is not finite.
-__device__ __forceinline__ bool find_threshold(const float (&a)[kChunks][kVector],
-                                               const uint32 (&packed)[kChunks][kVector / 2], int numel, int num_kept,
-                                               Threshold* threshold, Shared& s) {
+template <class Traits>
+__device__ __forceinline__ bool find_threshold(const Elements<Traits>& a, const Keys<Traits>& packed, int numel,
+                                               int num_kept, Threshold* threshold, Shared<Traits>& s) {
   bool all = num_kept > (numel + kVector - 1) / kVector;
   for (;;) {
     count_coarse(a, numel, all, s);
@@ -146,8 +152,18 @@ __device__ __forceinline__ uint32 reach(const uint32 (&packed)[kVector / 2], uin
   uint32 differences[kVector / 2];
 #pragma unroll
   for (int i = 0; i < kVector / 2; ++i) differences[i] = (packed[i] | 0x80008000u) - key * 0x10001u;
-  const uint32 first = __byte_perm(differences[0], differences[1], 0x7531);  // the upper bytes
+  // The upper bytes of the differences i and i + 1, which are those of elements 2 i to 2 i + 3:
+  //   differences[i]:     | element 1 |  ..  | element 0 |  ..  |
+  //   selector                  3        2         1        0
+  //   differences[i + 1]: | element 3 |  ..  | element 2 |  ..  |
+  //   selector                  7        6         5        4
+  //   result:             | element 3 | element 2 | element 1 | element 0 |
+  //   selector                  7           5           3           1
+  const uint32 first = __byte_perm(differences[0], differences[1], 0x7531);
   const uint32 last = __byte_perm(differences[2], differences[3], 0x7531);
+  //   bits 31 .. 0 of the mask, where l are elements 4 to 7 and f elements 0 to 3:
+  //   | l...f... | l...f... | l...f... | l...f... |
+  //      7   3      6   2      5   1      4   0
   return (first & 0x80808080u) >> 4 | (last & 0x80808080u);
 }
 
@@ -160,35 +176,36 @@ __device__ __forceinline__ uint32 first_elements(uint32 mask, int count) {
 
 // Kept are the elements above the threshold and the first `num_ties` of those at it. Counts of both kinds are packed:
 // above the threshold in the lower 16 bits, at it in the upper ones.
-__device__ __forceinline__ void mark_kept(const uint32 (&packed)[kChunks][kVector / 2], Threshold threshold,
-                                          Kept (&kept)[kChunks], Shared& s) {
+template <class Traits>
+__device__ __forceinline__ void mark_kept(const Keys<Traits>& packed, Threshold threshold,
+                                          Kept (&kept)[Traits::kChunks], Shared<Traits>& s) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  uint32 ties[kChunks], before[kChunks];
+  uint32 ties[Traits::kChunks], before[Traits::kChunks];
 #pragma unroll
-  for (int c = 0; c < kChunks; ++c) {
+  for (int c = 0; c < Traits::kChunks; ++c) {
     kept[c].mask = reach(packed[c], threshold.key + 1);
     ties[c] = reach(packed[c], threshold.key) ^ kept[c].mask;
     const uint32 own = __popc(kept[c].mask) | __popc(ties[c]) << 16;
     const uint32 up_to_here = sum_up_to_lane(own);
-    if (lane == 31) s.warp_counts[c * kWarps + warp] = up_to_here;
+    if (lane == 31) s.warp_counts[c * Traits::kWarps + warp] = up_to_here;
     before[c] = up_to_here - own;
   }
   __syncthreads();
-  uint32 counts[kCountsPerLane];
+  uint32 counts[Traits::kCountsPerLane];
 #pragma unroll
-  for (int i = 0; i < kCountsPerLane; ++i) counts[i] = s.warp_counts[32 * i + lane];
+  for (int i = 0; i < Traits::kCountsPerLane; ++i) counts[i] = s.warp_counts[32 * i + lane];
   const auto sum_before = [&](int end) {  // of all warps before this one, in the order of the elements
     uint32 sum = 0;
 #pragma unroll
-    for (int i = 0; i < kCountsPerLane; ++i) sum += 32 * i + lane < end ? counts[i] : 0u;
+    for (int i = 0; i < Traits::kCountsPerLane; ++i) sum += 32 * i + lane < end ? counts[i] : 0u;
     return __reduce_add_sync(kFullWarp, sum);
   };
   const auto kept_of = [&](uint32 counts) { return (counts & 0xffffu) + min(counts >> 16, threshold.num_ties); };
 #pragma unroll
-  for (int c = 0; c < kChunks; ++c) {
-    before[c] += sum_before(c * kWarps + warp);
+  for (int c = 0; c < Traits::kChunks; ++c) {
+    before[c] += sum_before(c * Traits::kWarps + warp);
     kept[c].position = kept_of(before[c]);
-    kept[c].section = c == 0 ? 0 : kept_of(sum_before(c * kWarps));
+    kept[c].section = c == 0 ? 0 : kept_of(sum_before(c * Traits::kWarps));
     const uint32 ties_before = min(before[c] >> 16, threshold.num_ties);
     kept[c].mask |= first_elements(ties[c], threshold.num_ties - ties_before);
   }

@@ -24,7 +24,7 @@ from microadam_dist.config import MicroAdamConfig
 from microadam_dist.layout import WINDOW_TENSORS, ShardSpan, StateLayout
 
 ROOT = Path(__file__).parents[2]
-BITS = "bit_identical or 16_bit or many_tensors or copy_of or more_than"
+BITS = "bit_identical or 16_bit or many_tensors or more_than"
 CHECKS = {
     "sanitizers": "test_sanitizer",
     "bit equality": BITS,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..config import MicroAdamConfig
 
@@ -17,6 +18,27 @@ def round_to_fp32(x: float) -> float:
     return float(struct.unpack("f", struct.pack("f", x))[0])
 
 
+class BiasFactors(NamedTuple):
+    """Factors that depend on the number of the step, in float64.
+
+    Attributes:
+        m_factor, v_factor: (1 - b1) / (1 - b1^t) and the same with b2 (window sums to bias-corrected moments).
+        m_correction, v_correction: 1 / (1 - b1^t) and the same with b2 (dense path).
+    """
+
+    m_factor: float
+    v_factor: float
+    m_correction: float
+    v_correction: float
+
+    @classmethod
+    def at(cls, step: int, betas: tuple[float, float]) -> BiasFactors:
+        """Of the update that follows ``step`` finished ones, t = step + 1."""
+        beta1, beta2 = betas
+        m, v = 1 - beta1 ** (step + 1), 1 - beta2 ** (step + 1)
+        return cls((1 - beta1) / m, (1 - beta2) / v, 1 / m, 1 / v)
+
+
 @dataclass(frozen=True)
 class StepScalars:
     """The scalars of one step, each rounded once from float64 to fp32.
@@ -25,8 +47,7 @@ class StepScalars:
         grad_scale: Factor on the gradient (1 / loss scale).
         decay: 1 - lr * weight_decay.
         m_weights, v_weights: b1^r and b2^r by age r, 0 = newest; as many as there are valid slots.
-        m_factor, v_factor: (1 - b1) / (1 - b1^t) and the same with b2 (window sums to bias-corrected moments).
-        m_correction, v_correction: 1 / (1 - b1^t) and the same with b2 (dense path).
+        m_factor, v_factor, m_correction, v_correction: See `BiasFactors`.
     """
 
     lr: float
@@ -47,8 +68,7 @@ class StepScalars:
     @classmethod
     def at(cls, step: int, config: MicroAdamConfig, grad_scale: float) -> StepScalars:
         """Scalars of the update that follows ``step`` finished ones."""
-        t = step + 1
-        ages = range(min(t, config.window_size))
+        ages = range(min(step + 1, config.window_size))
         beta1, beta2 = config.betas
         f32 = round_to_fp32
         return cls(
@@ -62,8 +82,5 @@ class StepScalars:
             one_minus_beta2=f32(1 - beta2),
             m_weights=tuple(f32(beta1**age) for age in ages),
             v_weights=tuple(f32(beta2**age) for age in ages),
-            m_factor=f32((1 - beta1) / (1 - beta1**t)),
-            v_factor=f32((1 - beta2) / (1 - beta2**t)),
-            m_correction=f32(1 / (1 - beta1**t)),
-            v_correction=f32(1 / (1 - beta2**t)),
+            **{name: f32(factor) for name, factor in BiasFactors.at(step, config.betas)._asdict().items()},
         )

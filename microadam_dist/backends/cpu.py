@@ -20,40 +20,29 @@ from torch import Tensor
 from ..arithmetic.scalars import StepScalars
 from ..config import MicroAdamConfig
 from ..errors import BackendUnavailableError, ConfigError
-from ..layout import BlockRun, Extent, StateLayout, StateSize
-from .base import Addresses, TensorStep, pack_rows, readable_grads
+from ..layout import StateLayout
+from . import __path__ as _FOLDERS  # an editable install has two: the sources and what was built
+from .base import TensorStep
+from .structures import EXTENT_FIELDS, FloatScalars, extents_of, float_values
+from .tensors import Addresses, pack_rows, readable_grads
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 LIBRARY_NAME = "libmicroadam_cpu.so"
 ISAS = {"portable": 0, "avx2": 1, "avx512": 2}  # slowest first
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-class _Extent(Structure):
-    _fields_ = [("start", c_int64), ("row_stride", c_int64), ("size", c_int64)]
-
-
 class _BlockRun(Structure):
-    _fields_ = [
-        *((name, c_int64) for name in ("rows", "cols", "numel", "num_kept")),
-        *((name, _Extent) for name in ("elements", *StateSize._fields)),
-    ]
+    _fields_ = [*((name, c_int64) for name in ("rows", "cols", "numel", "num_kept")), *EXTENT_FIELDS]
 
 
 class _DenseRun(Structure):
     _fields_ = [("start", c_int64), ("numel", c_int64), ("state_start", c_int64)]
 
 
-_FLOAT_SCALARS = (
-    *("lr", "eps", "decay", "grad_scale", "beta1", "beta2", "one_minus_beta1", "one_minus_beta2"),
-    *("m_factor", "v_factor", "m_correction", "v_correction"),
-)
-
-
-class _Scalars(Structure):
+class _Scalars(FloatScalars):
     _fields_ = [
-        *((name, c_float) for name in _FLOAT_SCALARS),
         ("m_weights", POINTER(c_float)),
         ("v_weights", POINTER(c_float)),
         ("num_weights", c_int64),
@@ -78,19 +67,14 @@ class _Layout:
     """One layout as the kernel reads it; it never changes."""
 
     def __init__(self, layout: StateLayout) -> None:
-        blocks = (_BlockRun * len(layout.runs))(*map(_block_run, layout.runs))
+        blocks = (_BlockRun * len(layout.runs))(
+            *(_BlockRun(run.rows, run.cols, run.numel, run.num_kept, *extents_of(run)) for run in layout.runs)
+        )
         dense = (_DenseRun * len(layout.dense_runs))(
             *(_DenseRun(run.start, run.numel, run.state_start) for run in layout.dense_runs)
         )
         self._fields = _LayoutFields(blocks, dense, len(blocks), len(dense))
         self.address = ctypes.addressof(self._fields)
-
-
-def _block_run(run: BlockRun) -> _BlockRun:
-    def extent(e: Extent) -> _Extent:
-        return _Extent(e.start, e.row_stride, e.size)
-
-    return _BlockRun(run.rows, run.cols, run.numel, run.num_kept, *map(extent, run.extents))
 
 
 class CpuBackend:
@@ -167,7 +151,6 @@ class CpuBackend:
             [scalars[tensor.step] for tensor in tensors],
             addresses.param,
             addresses.grad,
-            addresses.param_copy,
             addresses.counter,
             *addresses.state,
             [_DTYPES[tensor.param.dtype] for tensor in tensors],
@@ -187,7 +170,7 @@ def _scalars(step: int, config: MicroAdamConfig, grad_scale: float) -> _Scalars:
     num_weights = len(scalars.m_weights)
     weights = c_float * num_weights
     return _Scalars(
-        *(getattr(scalars, name) for name in _FLOAT_SCALARS),
+        *float_values(scalars),
         weights(*scalars.m_weights),
         weights(*scalars.v_weights),
         num_weights,
@@ -200,9 +183,7 @@ def _library_path() -> Path | None:
     override = os.environ.get("MICROADAM_CPU_LIBRARY")
     if override:
         return Path(override)
-    from . import __path__ as directories  # an editable install has two: the sources and what was built
-
-    candidates = [Path(directory, LIBRARY_NAME) for directory in directories]
+    candidates = [Path(folder, LIBRARY_NAME) for folder in _FOLDERS]
     return next((path for path in candidates if path.exists()), None)
 
 

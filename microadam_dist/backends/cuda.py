@@ -17,11 +17,11 @@ from ..config import MicroAdamConfig
 from ..errors import BackendUnavailableError, ConfigError
 from ..layout import StateLayout
 from . import nvrtc
-from .base import DeviceInputs, TensorStep, count_steps, readable_grads
+from .base import DeviceInputs, TensorStep
 from .cuda_launch import (
     SCALARS_BYTES,
     Launch,
-    Plan,
+    LaunchTables,
     device_inputs,
     fill_launch,
     group_by_kernel,
@@ -30,10 +30,11 @@ from .cuda_launch import (
     step_factors,
     window_weights,
 )
+from .tensors import count_steps, readable_grads
 
 MIN_CAPABILITY = (8, 0)  # conversions to bf16 and warp-wide sums in one instruction
 KERNEL_NAMES = ("microadam_scalars", "microadam_step")
-MAX_PLANS = 1024  # where other tensors have gradients in every step
+MAX_LAUNCH_TABLES = 1024  # where other tensors have gradients in every step
 
 
 class CudaBackend:
@@ -62,9 +63,9 @@ class CudaBackend:
                 f'backend="cuda": the installed NVRTC is of CUDA {major}, the driver runs CUDA {supported} at most. '
                 f"Update the driver, or pip install 'cuda-core[cu{supported}]'."
             )
-        self._plans: dict[Any, Plan] = {}  # as long as their layouts live
-        self._captured: set[Plan] = set()  # a CUDA graph needs them
-        self._tables: dict[Any, Tensor] = {}
+        self._launch_tables: dict[Any, LaunchTables] = {}  # as long as their layouts live
+        self._captured: set[LaunchTables] = set()  # a CUDA graph needs them
+        self._constants: dict[Any, Tensor] = {}
         self._compiled: dict[Any, dict[str, Any]] = {}
 
     def __reduce__(self) -> tuple[type[CudaBackend], tuple[()]]:
@@ -119,23 +120,23 @@ class CudaBackend:
         grads = readable_grads(tensors)
         with torch.cuda.device(device):
             groups = group_by_kernel(tensors, grads)
-            plans = [self._plan([tensors[i].layout for i in members], device) for members in groups]
+            all_tables = [self._tables([tensors[i].layout for i in members], device) for members in groups]
             # The number of skipped blocks, then a flag for each run of each launch.
-            skipped = torch.zeros(1 + sum(plan.num_runs for plan in plans), dtype=torch.int32, device=device)
+            skipped = torch.zeros(1 + sum(tables.num_runs for tables in all_tables), dtype=torch.int32, device=device)
             first_flag = 1
-            for members, plan in zip(groups, plans, strict=True):
+            for members, tables in zip(groups, all_tables, strict=True):
                 flags = skipped[first_flag:]
-                first_flag += plan.num_runs
-                if plan.num_blocks:
+                first_flag += tables.num_runs
+                if tables.num_blocks:
                     group, group_grads = [tensors[i] for i in members], [grads[i] for i in members]
-                    launch = fill_launch(plan, group, group_grads, self._weights(config, device), skipped, flags)
-                    self._launch(launch, plan, group, group_grads[0], config, grad_scale, inputs)
+                    launch = fill_launch(tables, group, group_grads, self._weights(config, device), skipped, flags)
+                    self._launch(launch, tables, group, group_grads[0], config, grad_scale, inputs)
         return skipped[0]
 
     def _launch(
         self,
         launch: Launch,
-        plan: Plan,
+        tables: LaunchTables,
         tensors: Sequence[TensorStep],
         first_grad: Tensor | None,
         config: MicroAdamConfig,
@@ -144,7 +145,7 @@ class CudaBackend:
     ) -> None:
         device = tensors[0].param.device
         grad_dtype = None if first_grad is None else first_grad.dtype
-        macros = kernel_macros(plan, config, tensors[0].param.dtype, grad_dtype)
+        macros = kernel_macros(tables, config, tensors[0].param.dtype, grad_dtype)
         kernels = self._kernels(macros, device)
         launch.scalars = host_scalars(tensors[0].step, config, grad_scale)
         if inputs is not None:
@@ -152,7 +153,7 @@ class CudaBackend:
             scalars = torch.empty(len(tensors) * SCALARS_BYTES, dtype=torch.uint8, device=device)
             launch.device_scalars = scalars.data_ptr()
             self._run(kernels["microadam_scalars"], -(-len(tensors) // 32), 32, launch)
-        self._run(kernels["microadam_step"], plan.num_blocks, plan.shape.threads, launch)
+        self._run(kernels["microadam_step"], tables.num_blocks, tables.shape.threads, launch)
 
     def _run(self, kernel: Any, num_blocks: int, num_threads: int, launch: Launch) -> None:
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(launch))  # copied by the call
@@ -169,31 +170,31 @@ class CudaBackend:
 
     # ---------------------------------------------------------------- what is made once
 
-    def _plan(self, layouts: Sequence[StateLayout], device: torch.device) -> Plan:
+    def _tables(self, layouts: Sequence[StateLayout], device: torch.device) -> LaunchTables:
         key = (device, *map(id, layouts))  # to hash layouts takes long
-        if key not in self._plans:
+        if key not in self._launch_tables:
             _refuse_capture()
-            if len(self._plans) == MAX_PLANS:
-                self._plans.pop(next(iter(self._plans)))
-            self._plans[key] = Plan(layouts, device)
+            if len(self._launch_tables) == MAX_LAUNCH_TABLES:
+                self._launch_tables.pop(next(iter(self._launch_tables)))
+            self._launch_tables[key] = LaunchTables(layouts, device)
             for layout in layouts:
-                weakref.finalize(layout, self._plans.pop, key, None).atexit = False
-        plan = self._plans[key]
+                weakref.finalize(layout, self._launch_tables.pop, key, None).atexit = False
+        tables = self._launch_tables[key]
         if torch.cuda.is_current_stream_capturing():
-            self._captured.add(plan)
-        return plan
+            self._captured.add(tables)
+        return tables
 
     def _weights(self, config: MicroAdamConfig, device: torch.device) -> Tensor:
-        return self._table((config.betas, config.window_size, device), lambda: window_weights(config, device))
+        return self._constant((config.betas, config.window_size, device), lambda: window_weights(config, device))
 
     def _factors(self, config: MicroAdamConfig, device: torch.device) -> Tensor:
-        return self._table((config.betas, device), lambda: step_factors(config, device))
+        return self._constant((config.betas, device), lambda: step_factors(config, device))
 
-    def _table(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
-        if key not in self._tables:
+    def _constant(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
+        if key not in self._constants:
             _refuse_capture()
-            self._tables[key] = make()
-        return self._tables[key]
+            self._constants[key] = make()
+        return self._constants[key]
 
     def _kernels(self, macros: Mapping[str, str | int], device: torch.device) -> dict[str, Any]:
         key = (device, *macros.values())

@@ -7,52 +7,44 @@ import functools
 import math
 import operator
 from collections.abc import Iterable, Sequence
-from ctypes import Structure, c_double, c_float, c_int32, c_int64, c_void_p
+from ctypes import Structure, c_double, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..arithmetic.scalars import StepScalars
+from ..arithmetic.scalars import BiasFactors, StepScalars
 from ..config import MicroAdamConfig
 from ..errors import ConfigError
-from ..layout import BlockRun, Extent, StateLayout, StateSize
-from .base import STATE_NAMES, Addresses, DeviceInputs, TensorStep, pack_rows
+from ..layout import BlockRun, StateLayout
+from .base import DeviceInputs, TensorStep
+from .structures import EXTENT_FIELDS, FloatScalars, extents_of, float_values
+from .tensors import STATE_NAMES, Addresses, pack_rows
 
 MAX_TENSORS = 256  # so that a launch's parameters stay below 32 KiB
 RUN_SHIFT = 6  # runs are found by block number >> RUN_SHIFT
 VECTOR = 8  # elements a thread reads and writes at once
 DTYPES = {torch.float32: "Fp32", torch.bfloat16: "Bf16", torch.float16: "Fp16"}
 
-_FLOAT_SCALARS = (
-    *("lr", "eps", "decay", "grad_scale", "beta1", "beta2", "one_minus_beta1", "one_minus_beta2"),
-    *("m_factor", "v_factor", "m_correction", "v_correction"),
-)
 
+class Run(Structure):
+    """Top-K blocks of one length, or an interval on the dense path."""
 
-class _Extent(Structure):
-    _fields_ = [("start", c_int64), ("row_stride", c_int64), ("size", c_int64)]
-
-
-class _Run(Structure):
     _fields_ = [
         *((name, c_int64) for name in ("first_block", "tensor", "numel", "num_kept", "cols", "is_aligned")),
-        *((name, _Extent) for name in ("elements", *StateSize._fields)),
+        *EXTENT_FIELDS,
     ]
 
 
 class _Tensor(Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("param", "grad", "param_copy", *STATE_NAMES, "step")),
+        *((name, c_void_p) for name in ("param", "grad", *STATE_NAMES, "step")),
         ("is_aligned", c_int64),
     ]
 
 
-class _Scalars(Structure):
-    _fields_ = [
-        *((name, c_float) for name in _FLOAT_SCALARS),
-        *((name, c_int32) for name in ("num_weights", "newest_slot", "is_skipped")),
-    ]
+class _Scalars(FloatScalars):
+    _fields_ = [(name, c_int32) for name in ("num_weights", "newest_slot", "is_skipped")]
 
 
 SCALARS_BYTES = ctypes.sizeof(_Scalars)
@@ -106,7 +98,7 @@ class Shape:
 SHAPES = tuple(Shape(*pair) for pair in ((32, 1), (64, 1), (128, 1), (256, 1), (256, 2), (512, 2), (512, 4), (512, 8)))
 
 
-class Plan:
+class LaunchTables:
     """What is the same in every launch for tensors of the same layouts.
 
     Args:
@@ -125,32 +117,29 @@ class Plan:
     def __init__(self, layouts: Sequence[StateLayout], device: torch.device, shape: Shape | None = None) -> None:
         self.longest = max((run.numel for layout in layouts for run in layout.runs), default=1)
         self.shape = shape or Shape.for_blocks(self.longest)
-        runs: list[_Run] = []
+        runs: list[Run] = []
         self.num_blocks = 0
         for index, layout in enumerate(layouts):
             for run in layout.runs:
                 runs.append(_sparse_run(run, index, self.num_blocks))
                 self.num_blocks += run.num_blocks
             for dense in layout.dense_runs:
-                dense_run = _Run(self.num_blocks, index, dense.numel)
+                dense_run = Run(self.num_blocks, index, dense.numel)
                 dense_run.elements.start, dense_run.values.start = dense.start, dense.state_start
                 runs.append(dense_run)
                 self.num_blocks += -(-dense.numel // self.shape.capacity)
         self.num_runs = len(runs)
-        self.runs = _to_device((_Run * (len(runs) + 1))(*runs, _Run(self.num_blocks)), device)
+        self.runs = _to_device((Run * (len(runs) + 1))(*runs, Run(self.num_blocks)), device)
         self.first_runs = _to_device(_first_runs(runs, self.num_blocks), device)
 
 
-def _sparse_run(run: BlockRun, tensor: int, first_block: int) -> _Run:
-    def extent(e: Extent) -> _Extent:
-        return _Extent(e.start, e.row_stride, e.size)
-
+def _sparse_run(run: BlockRun, tensor: int, first_block: int) -> Run:
     is_aligned = run.elements.is_multiple_of(VECTOR) and run.codes.is_multiple_of(VECTOR // 2)
     cols = 0 if run.is_gapless else run.cols
-    return _Run(first_block, tensor, run.numel, run.num_kept, cols, is_aligned, *map(extent, run.extents))
+    return Run(first_block, tensor, run.numel, run.num_kept, cols, is_aligned, *extents_of(run))
 
 
-def _first_runs(runs: Sequence[_Run], num_blocks: int) -> ctypes.Array[ctypes.c_uint32]:
+def _first_runs(runs: Sequence[Run], num_blocks: int) -> ctypes.Array[ctypes.c_uint32]:
     """For every ``1 << RUN_SHIFT`` blocks the run that holds the first of them."""
     found, current = [], 0
     for block in range(0, num_blocks, 1 << RUN_SHIFT):
@@ -160,26 +149,25 @@ def _first_runs(runs: Sequence[_Run], num_blocks: int) -> ctypes.Array[ctypes.c_
     return (ctypes.c_uint32 * len(found))(*found)
 
 
-def _to_device(table: ctypes.Array[_Run] | ctypes.Array[ctypes.c_uint32], device: torch.device) -> Tensor:
+def _to_device(table: ctypes.Array[Run] | ctypes.Array[ctypes.c_uint32], device: torch.device) -> Tensor:
     return torch.frombuffer(bytearray(table), dtype=torch.uint8).to(device) if len(table) else torch.empty(0)
 
 
 def kernel_macros(
-    plan: Plan, config: MicroAdamConfig, param: torch.dtype, grad: torch.dtype | None
+    tables: LaunchTables, config: MicroAdamConfig, param: torch.dtype, grad: torch.dtype | None
 ) -> dict[str, str | int]:
-    """What ``microadam.cu`` is compiled for; without gradients it updates the weights alone."""
+    """What is compiled, see ``csrc/cuda/settings.cuh``; without gradients the weights alone are updated."""
     return {
         "PARAM": DTYPES[param],
         "GRAD": DTYPES[grad or param],
         "REPLAY": int(grad is None),
-        "THREADS": plan.shape.threads,
-        "CHUNKS": plan.shape.chunks,
-        "MIN_BLOCKS": plan.shape.min_blocks,
+        "THREADS": tables.shape.threads,
+        "CHUNKS": tables.shape.chunks,
+        "MIN_BLOCKS": tables.shape.min_blocks,
         "WINDOW_SIZE": config.window_size,
         "BUCKET_SIZE": config.bucket_size,
         "PACKED_WINDOW": int(config.packed_window),
-        "MAX_KEPT": config.num_kept(plan.longest),
-        "MAX_TENSORS": MAX_TENSORS,
+        "MAX_KEPT": config.num_kept(tables.longest),
     }
 
 
@@ -190,22 +178,18 @@ def window_weights(config: MicroAdamConfig, device: torch.device) -> Tensor:
 
 
 def step_factors(config: MicroAdamConfig, device: torch.device) -> Tensor:
-    """m_factor, v_factor, m_correction and v_correction by step, (num_steps, 4) fp32; the last row holds on.
+    """`BiasFactors` by step, (num_steps, 4) fp32; the last row holds on.
 
     Powers are computed here because those of a GPU have other last bits.
     """
     # From where 1 - beta^t is 1 in float64 nothing changes any more.
     num_steps = max(1 if beta == 0 else math.ceil(-54 * math.log(2) / math.log(beta)) for beta in config.betas)
-    beta1, beta2 = config.betas
-    rows = []
-    for t in range(1, num_steps + 1):
-        m, v = 1 - beta1**t, 1 - beta2**t
-        rows.append(((1 - beta1) / m, (1 - beta2) / v, 1 / m, 1 / v))
+    rows = [BiasFactors.at(step, config.betas) for step in range(num_steps)]
     return torch.tensor(rows, dtype=torch.float64).float().to(device)
 
 
 def fill_launch(
-    plan: Plan,
+    tables: LaunchTables,
     tensors: Sequence[TensorStep],
     grads: Sequence[Tensor | None],
     weights: Tensor,
@@ -215,24 +199,24 @@ def fill_launch(
     """Everything but the scalars.
 
     Args:
-        plan: Of the layouts of ``tensors``.
+        tables: Of the layouts of ``tensors``.
         tensors: At most `MAX_TENSORS`.
         grads: Their gradients, fp32, bf16 or fp16; None for all of them where only the weights are updated.
         weights: See `window_weights`.
         num_skipped: int32; the number of skipped blocks is added to its first element.
-        dense_flags: int32, zeros, one for each run of the plan.
+        dense_flags: int32, zeros, one for each run of the tables.
     """
     launch = Launch(
         m_weights=weights[0].data_ptr(),
         v_weights=weights[1].data_ptr(),
-        runs=plan.runs.data_ptr(),
-        first_runs=plan.first_runs.data_ptr(),
+        runs=tables.runs.data_ptr(),
+        first_runs=tables.first_runs.data_ptr(),
         num_skipped=num_skipped.data_ptr(),
         dense_flags=dense_flags.data_ptr(),
         num_tensors=len(tensors),
     )
     addresses = Addresses.of(tensors, grads)
-    accessed = [addresses.param, addresses.grad, addresses.param_copy, *addresses.state]
+    accessed = [addresses.param, addresses.grad, *addresses.state]
     is_aligned = [functools.reduce(operator.or_, row) % 16 == 0 for row in zip(*accessed, strict=True)]
     rows = pack_rows([*accessed, addresses.counter, is_aligned])
     ctypes.memmove(launch.tensors, rows, len(rows))
@@ -242,8 +226,7 @@ def fill_launch(
 def host_scalars(step: int, config: MicroAdamConfig, grad_scale: float) -> _Scalars:
     """The scalars of the update that follows ``step`` finished ones."""
     scalars = StepScalars.at(step, config, grad_scale)
-    values = (getattr(scalars, name) for name in _FLOAT_SCALARS)
-    return _Scalars(*values, len(scalars.m_weights), step % config.window_size, 0)
+    return _Scalars(*float_values(scalars), len(scalars.m_weights), step % config.window_size, 0)
 
 
 def device_inputs(inputs: DeviceInputs, config: MicroAdamConfig, factors: Tensor) -> _DeviceInputs:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..errors import BackendUnavailableError
+from . import __path__ as _FOLDERS
 
 SOURCE_NAME = "microadam.cu"
 
@@ -25,9 +26,7 @@ def source_folder() -> Path:
     Raises:
         BackendUnavailableError: They are not there.
     """
-    from . import __path__ as directories
-
-    candidates = [Path(__file__).parents[2] / "csrc" / "cuda", *(Path(d, "cuda_sources") for d in directories)]
+    candidates = [Path(__file__).parents[2] / "csrc" / "cuda", *(Path(folder, "cuda_sources") for folder in _FOLDERS)]
     for candidate in candidates:
         if (candidate / SOURCE_NAME).exists():
             return candidate

@@ -12,7 +12,8 @@ from ..arithmetic.scalars import StepScalars
 from ..arithmetic.step import adamw_step_, microadam_step_
 from ..config import MicroAdamConfig
 from ..layout import DENSE_TENSORS, BlockRun, DenseRun
-from .base import TensorStep, count_steps
+from .base import TensorStep
+from .tensors import count_steps
 
 # Blocks are independent, so a large run is worked off in pieces to bound the temporaries (about 100 bytes an element).
 CHUNK_NUMEL = 1 << 20
@@ -37,10 +38,6 @@ class ReferenceBackend:
                     skipped.append(microadam_step_(blocks, tensor.layout.config, run.num_kept, tensor.step, scalars))
             if tensor.grad is not None:
                 skipped += [self._dense_step(tensor, tensor.grad, dense, scalars) for dense in tensor.layout.dense_runs]
-            if tensor.param_copy is not None:
-                for span in tensor.layout.spans:
-                    local = slice(span.offset, span.offset + span.numel)
-                    tensor.param_copy.view(-1)[local] = tensor.param.view(-1)[local]
         count_steps(tensors)
         return int(torch.stack(skipped).sum()) if skipped else 0
 

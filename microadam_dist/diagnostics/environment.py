@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from ..backends.base import AutoBackend
+from ..backends.select import AutoBackend
 from ..config import MicroAdamConfig
 from ..errors import BackendUnavailableError
 

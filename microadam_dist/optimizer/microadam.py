@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
-from ..backends.base import CapturableBackend, DeviceInputs, TensorStep, select_backend
+from ..backends.base import CapturableBackend, DeviceInputs, TensorStep
+from ..backends.select import select_backend
 from ..config import SETTING_NAMES, MicroAdamConfig, reject_unknown_settings
 from ..diagnostics.metrics import Meter
 from ..engines.base import ExchangedBytes, ExchangeSettings, Replayed, Rows, Shard, ShardState

@@ -14,7 +14,7 @@ from microadam_dist.backends.reference import ReferenceBackend
 from microadam_dist.config import MicroAdamConfig
 from microadam_dist.layout import ShardSpan, StateLayout
 
-from .cases import BF16, FP16, FP32, Case, Snapshot, nonfinite, run_case
+from .cases import BF16, FP16, FP32, Case, Snapshot, run_case
 
 _references: dict[str, list[Snapshot]] = {}
 
@@ -87,23 +87,6 @@ def assert_same_for_many_tensors(backend: Backend, device: str = "cpu") -> None:
     expected = _train_many_tensors(ReferenceBackend(), num_calls=4, one_by_one=True, device="cpu")
     actual = _train_many_tensors(backend, num_calls=4, one_by_one=False, device=device)
     assert all(same_bits(a, b) for a, b in zip(actual, expected, strict=True))
-
-
-def assert_copy_is_rounded_weights(backend: Backend, dtype: torch.dtype, device: str = "cpu") -> None:
-    """The second output holds the rounded weights where there are spans, and is not touched elsewhere."""
-    config = MicroAdamConfig(lr=1e-2, block_size=256)
-    spans = ShardSpan("a", (64, 100), 30, 5000, 3), ShardSpan("b", (77,), 0, 77, 5010)
-    layout = StateLayout(spans, config)
-    param, out = torch.randn(5100).to(device, dtype), torch.zeros(5100, dtype=BF16, device=device)
-    state = allocate_state(layout, param.device)
-    for step in range(3):
-        grad = nonfinite(torch.Generator().manual_seed(step), 5100, step).to(device)
-        backend.step([TensorStep(param, grad, state, layout, step, out)], config, 1.0)
-        for span in spans:
-            span_slice = slice(span.offset, span.offset + span.numel)
-            assert torch.equal(out[span_slice], param[span_slice].bfloat16())
-    outside = torch.cat([out[:3], out[5003:5010], out[5087:]])
-    assert not outside.any()
 
 
 def assert_same_with_numbers_on_the_device(

@@ -31,6 +31,28 @@ def to_dtype(x: np.float32, dtype: str) -> np.float32:
     return F32(np.float16(x)) if dtype == "float16" else F32(x)
 
 
+def top_k(a: list[np.float32], k: int) -> list[int] | None:
+    """The places of the k largest magnitudes after rounding to bf16, ascending; None: one of them is not finite."""
+    keys = [abs(to_bf16(x)) for x in a]
+    if not all(key < 2.0**60 for key in keys):
+        return None
+    return sorted(sorted(range(len(a)), key=lambda i: (-float(keys[i]), i))[:k])
+
+
+def encode(a: list[np.float32], bucket_size: int, levels: int) -> tuple[list[int], list[np.float32], list[np.float32]]:
+    """Codes, and the ends of each bucket's range."""
+    codes, los, his = [], [], []
+    for first in range(0, len(a), bucket_size):
+        bucket = a[first : first + bucket_size]
+        lo, hi = to_bf16(min(bucket)), to_bf16(max(bucket))
+        inverse = F32(levels) / F32(hi - lo)
+        rounded = [np.rint(F32(x - lo) * inverse) if np.isfinite(inverse) else 0 for x in bucket]
+        codes += [int(min(max(code, 0), levels)) for code in rounded]
+        los.append(lo)
+        his.append(hi)
+    return codes, los, his
+
+
 @dataclass
 class Block:
     """One Top-K block: the places of its elements in the local tensor, its error and its window."""
@@ -100,19 +122,18 @@ class ScalarMicroAdam:
                 value = value + (F32(block.codes[i]) * step_q + block.lo[bucket])
             a.append(F32(value))
 
-        keys = [abs(to_bf16(x)) for x in a]
-        if not all(key < 2.0**60 for key in keys):
+        kept = top_k(a, k)
+        if kept is None:
             block.slots[slot] = [(i, F32(0)) for i in range(k)]
             block.codes_of[slot], block.scale_of[slot] = [0] * k, F32(0)
             return 1
-        kept = sorted(sorted(range(n), key=lambda i: (-float(keys[i]), i))[:k])
         block.slots[slot] = [(i, to_bf16(a[i])) for i in kept]
         if s.packed_window:
             self._pack(block, slot)
         for i, value in block.slots[slot]:
             a[i] = F32(a[i] - value) if s.packed_window else F32(0)
         if s.ef_bits:
-            self._encode(block, a, levels)
+            block.codes, block.lo, block.hi = encode(a, s.bucket_size, 2**s.ef_bits - 1)
 
         c1 = F32((1 - s.betas[0]) / (1 - s.betas[0] ** (step + 1)))
         c2 = F32((1 - s.betas[1]) / (1 - s.betas[1] ** (step + 1)))
@@ -139,16 +160,6 @@ class ScalarMicroAdam:
         block.codes_of[slot] = [min(max(code, -127), 127) for code in codes]
         block.scale_of[slot] = scale
         block.slots[slot] = [(i, F32(code) * scale) for i, code in zip(places, block.codes_of[slot], strict=True)]
-
-    def _encode(self, block: Block, a: list[np.float32], levels: np.float32) -> None:
-        for bucket in range(len(block.lo)):
-            members = range(bucket * self.s.bucket_size, min((bucket + 1) * self.s.bucket_size, len(a)))
-            lo, hi = to_bf16(min(a[i] for i in members)), to_bf16(max(a[i] for i in members))
-            block.lo[bucket], block.hi[bucket] = lo, hi
-            inverse = levels / F32(hi - lo)
-            for i in members:
-                code = np.rint(F32(a[i] - lo) * inverse) if np.isfinite(inverse) else 0
-                block.codes[i] = int(min(max(code, 0), levels))
 
     def _step_dense(
         self, places: list[int], param: np.ndarray, grad: np.ndarray, step: int, grad_scale: np.float32

@@ -13,14 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from microadam_dist.backends import cpu
-from microadam_dist.backends.base import AutoBackend, TensorStep, select_backend
+from microadam_dist.backends.base import TensorStep
 from microadam_dist.backends.cpu import CpuBackend
+from microadam_dist.backends.select import AutoBackend, select_backend
 from microadam_dist.config import MicroAdamConfig
 from microadam_dist.errors import BackendUnavailableError, ConfigError
 
 from .cases import BF16, FP16, FP32, GRADIENTS, KERNEL_CASES, Case, is_replayed, part, replay_case, run_case
 from .checks import (
-    assert_copy_is_rounded_weights,
     assert_same_bits,
     assert_same_every_16_bit_weight,
     assert_same_for_many_tensors,
@@ -109,11 +109,6 @@ def test_weights_follow_from_the_window(isa: str) -> None:
 
 def test_one_call_for_many_tensors() -> None:
     assert_same_for_many_tensors(CpuBackend())
-
-
-@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
-def test_copy_of_the_weights(dtype: torch.dtype) -> None:
-    assert_copy_is_rounded_weights(CpuBackend(), dtype)
 
 
 class _FlushingBackend(CpuBackend):

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from microadam_dist.backends import nvrtc
-from microadam_dist.backends.base import AutoBackend, select_backend
-from microadam_dist.backends.cuda_launch import SHAPES, Plan, Shape, kernel_macros
+from microadam_dist.backends.cuda_launch import SHAPES, LaunchTables, Shape, kernel_macros
+from microadam_dist.backends.select import AutoBackend, select_backend
 from microadam_dist.config import MicroAdamConfig
 from microadam_dist.errors import BackendUnavailableError
 from microadam_dist.layout import ShardSpan, StateLayout
@@ -46,9 +46,9 @@ def macros(
         bucket_size=bucket_size,
         packed_window=packed_window,
     )
-    plan = Plan([StateLayout((ShardSpan("w", (64, numel), 0, 64 * numel),), config)], torch.device("cpu"))
-    assert plan.shape == shape
-    return kernel_macros(plan, config, *dtypes)
+    tables = LaunchTables([StateLayout((ShardSpan("w", (64, numel), 0, 64 * numel),), config)], torch.device("cpu"))
+    assert tables.shape == shape
+    return kernel_macros(tables, config, *dtypes)
 
 
 DEFAULT = Shape.for_blocks(4096)

@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from microadam_dist.arithmetic.state import allocate_state
-from microadam_dist.backends.base import TensorStep
 from microadam_dist.backends.reference import ReferenceBackend
 
 from .cases import CASES, Case, is_replayed, make_inputs, replay_case, run_case
@@ -110,17 +108,3 @@ def _indices(tensor: torch.Tensor, case: Case) -> np.ndarray:
 def _block_lengths(case: Case, span: object) -> list[int]:
     oracle = ScalarMicroAdam([(span.global_shape, span.start, span.numel, 0)], case.config, "float32")  # type: ignore[attr-defined]
     return [len(block.places) for block in oracle.blocks]
-
-
-def test_second_output_is_the_rounded_weights() -> None:
-    case = next(case for case in CASES if case.name == "flat-shard")
-    param, grads = make_inputs(case)
-    copy = torch.full_like(param, -1, dtype=torch.bfloat16)
-    state = allocate_state(case.layout, param.device)
-    step = TensorStep(param, grads[0], state, case.layout, step=0, param_copy=copy)
-    ReferenceBackend().step([step], case.config, case.grad_scale)
-    inside = torch.zeros(param.numel(), dtype=torch.bool)
-    for span in case.layout.spans:
-        inside[span.offset : span.offset + span.numel] = True
-    assert torch.equal(copy[inside], param[inside].bfloat16())
-    assert (copy[~inside] == -1).all()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from microadam_dist import BackendUnavailableError, ConfigError, MicroAdam, MicroAdamConfig
-from microadam_dist.backends.base import BACKEND_NAMES
+from microadam_dist.backends.select import BACKEND_NAMES
 from microadam_dist.config import SETTING_NAMES, STRUCTURAL_SETTINGS
 
 BAD_NUMBERS = [

@@ -1,0 +1,89 @@
+"""The choice of a backend."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..config import MicroAdamConfig
+from ..errors import BackendUnavailableError, ConfigError
+from .base import Backend, TensorStep
+from .cpu import CpuBackend
+from .cuda import CudaBackend
+from .reference import ReferenceBackend
+
+_BACKENDS: dict[str, Callable[[], Backend]] = {
+    "reference": ReferenceBackend,
+    "cpu": CpuBackend,
+    "cuda": CudaBackend,
+}
+BACKEND_NAMES = ("auto", *_BACKENDS)
+
+
+def select_backend(name: str) -> Backend:
+    """The backend of that name; ``auto`` takes for every tensor the fastest that can run, the others never fall back.
+
+    Raises:
+        ConfigError: There is no backend of that name.
+        BackendUnavailableError: A backend asked for by name cannot run here; says why and what to do.
+    """
+    if name == "auto":
+        return AutoBackend()
+    if name not in _BACKENDS:
+        raise ConfigError(f"backend={name!r}: expected one of {', '.join(BACKEND_NAMES)}.")
+    return _BACKENDS[name]()
+
+
+class AutoBackend:
+    """Chooses by the settings and the device of each tensor; the parameters of a group may lie on several devices.
+
+    The fused backend of a type of device is looked for when the first parameter on such a device is seen.
+
+    Attributes:
+        unavailable: Name of each fused backend that was looked for and cannot run here -> why, and what to do.
+    """
+
+    name = "auto"
+    _fused = ("cpu", "cuda")  # types of devices with a backend of that name; the reference backend runs the rest
+
+    def __init__(self) -> None:
+        self._backends = {"reference": select_backend("reference")}
+        self.unavailable: dict[str, str] = {}
+
+    def __reduce__(self) -> tuple[type[AutoBackend], tuple[()]]:
+        return AutoBackend, ()  # where it is unpickled other backends may be available
+
+    def choose(self, config: MicroAdamConfig, device: torch.device) -> Backend:
+        """The fastest backend for these settings on this device."""
+        name = device.type
+        if name in self._fused and name not in self.unavailable:
+            try:
+                if name not in self._backends:
+                    self._backends[name] = select_backend(name)
+                self._backends[name].check(config, device)
+                return self._backends[name]
+            except BackendUnavailableError as error:
+                self.unavailable[name] = str(error)
+                if name == "cuda":
+                    warnings.warn(f"MicroAdam takes its slow reference backend on {device}. {error}", stacklevel=2)
+            except ConfigError:
+                pass  # settings for studies, which only the reference backend has
+        return self._backends["reference"]
+
+    def check(self, config: MicroAdamConfig, device: torch.device) -> None:
+        """Every valid setting runs on every device."""
+
+    def step(self, tensors: Sequence[TensorStep], config: MicroAdamConfig, grad_scale: float) -> int | Tensor:
+        """See `Backend.step`."""
+        by_device: dict[torch.device, list[TensorStep]] = {}
+        for tensor in tensors:
+            by_device.setdefault(tensor.param.device, []).append(tensor)
+        num_skipped: int | Tensor = 0
+        for device, members in by_device.items():
+            # A sum lies where its last part does.
+            so_far = num_skipped.to(device) if isinstance(num_skipped, Tensor) else num_skipped
+            num_skipped = so_far + self.choose(config, device).step(members, config, grad_scale)
+        return num_skipped
