@@ -121,14 +121,7 @@ class MicroAdamConfig:
 SETTING_NAMES = tuple(field.name for field in dataclasses.fields(MicroAdamConfig))
 
 # Arguments of `MicroAdam` that hold for all its groups.
-OPTIMIZER_SETTING_NAMES = (
-    "backend",
-    "sparse_allgather",
-    "shard_state",
-    "weight_exchange",
-    "capturable",
-    "metrics_every",
-)
+OPTIMIZER_SETTING_NAMES = tuple("backend sparse_allgather shard_state weight_exchange capturable metrics_every".split())
 
 # The settings that decide shapes of state tensors; they cannot change once state exists.
 STRUCTURAL_SETTINGS = ("window_size", "density", "block_size", "bucket_size", "ef_bits", "packed_window")

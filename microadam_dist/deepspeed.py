@@ -66,9 +66,9 @@ def load_checkpoint(engine: Any, folder: str | Path, tag: str | None = None) -> 
             checkpoint = read_checkpoint(folder, tag)
             resharder = Resharder(shard for shards in checkpoint.shards for shard in shards)
             _require_same_parameters(engine, checkpoint)
-            layouts = optimizer.layouts()
+            layouts = optimizer.sharded.layouts()
             states = {p: resharder.state(layout) for p, layout in layouts.items()}
-        optimizer.load_shards(states)
+        optimizer.sharded.load_shards(states)
         for p, layout in layouts.items():
             resharder.weights(layout, p.detach().view(-1))
         _load_group_settings(optimizer, checkpoint)
@@ -111,24 +111,8 @@ def _load_counters(engine: Any, checkpoint: DeepSpeedCheckpoint) -> dict[str, An
 
 
 # What DeepSpeed itself writes into the model file; the rest is the user's client state.
-_DEEPSPEED_KEYS = {
-    "module",
-    "buffer_names",
-    "optimizer",
-    "param_shapes",
-    "frozen_param_shapes",
-    "shared_params",
-    "frozen_param_fragments",
-    "lr_scheduler",
-    "data_sampler",
-    "random_ltd",
-    "sparse_tensor_module_names",
-    "skipped_steps",
-    "global_steps",
-    "global_samples",
-    "dp_world_size",
-    "mp_world_size",
-    "checkpoint_parallel_dimensions",
-    "ds_config",
-    "ds_version",
-}
+_DEEPSPEED_KEYS = frozenset(
+    "module buffer_names optimizer param_shapes frozen_param_shapes shared_params frozen_param_fragments lr_scheduler "
+    "data_sampler random_ltd sparse_tensor_module_names skipped_steps global_steps global_samples dp_world_size "
+    "mp_world_size checkpoint_parallel_dimensions ds_config ds_version".split()
+)

@@ -28,8 +28,8 @@ from torch.optim import Optimizer
 LAUNCH = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(LAUNCH))
 
+from bench.live_bytes import LiveBytes  # noqa: E402
 from microadam_dist import MicroAdam, MicroAdamConfig  # noqa: E402
-from microadam_dist.diagnostics.live_bytes import LiveBytes  # noqa: E402
 from microadam_dist.errors import MicroAdamError  # noqa: E402
 from microadam_dist.optimizer.gradient_release import ReleasedGradient  # noqa: E402
 from microadam_dist.planner import memory  # noqa: E402

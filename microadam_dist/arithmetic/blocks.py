@@ -70,11 +70,7 @@ def block_views(
     """
 
     def view(tensor: Tensor, extent: Extent) -> Tensor:
-        return tensor.as_strided(
-            (len(rows), run.cols, extent.size),
-            (extent.row_stride, extent.size, 1),
-            tensor.storage_offset() + extent.start + rows.start * extent.row_stride,
-        )
+        return _view(tensor, run, extent, rows).squeeze(2)
 
     error = None
     if layout.config.ef_bits and grad is not None:
@@ -90,17 +86,18 @@ def block_views(
 
 def window_views(layout: StateLayout, run: BlockRun, state: Mapping[str, Tensor], rows: range) -> Window:
     """What the window's tensors have of the blocks in ``rows``; the layout has a window."""
-    slots = layout.config.window_size
-
-    def view(tensor: Tensor, extent: Extent) -> Tensor:
-        return tensor.as_strided(
-            (len(rows), run.cols, slots, extent.size),
-            (slots * extent.row_stride, slots * extent.size, extent.size, 1),
-            tensor.storage_offset() + slots * (extent.start + rows.start * extent.row_stride),
-        )
-
+    slots, scales = layout.config.window_size, state["scales"] if layout.config.packed_window else None
     return Window(
-        view(state["indices"], run.indices),
-        view(state["values"], run.values),
-        view(state["scales"], run.scales) if layout.config.packed_window else None,
+        _view(state["indices"], run, run.indices, rows, slots),
+        _view(state["values"], run, run.values, rows, slots),
+        None if scales is None else _view(scales, run, run.scales, rows, slots),
+    )
+
+
+def _view(tensor: Tensor, run: BlockRun, extent: Extent, rows: range, slots: int = 1) -> Tensor:
+    """What the blocks have in a tensor with so many slots of each, one after the other: (rows, cols, slots, x)."""
+    return tensor.as_strided(
+        (len(rows), run.cols, slots, extent.size),
+        (slots * extent.row_stride, slots * extent.size, extent.size, 1),
+        tensor.storage_offset() + slots * (extent.start + rows.start * extent.row_stride),
     )

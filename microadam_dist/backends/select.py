@@ -15,11 +15,7 @@ from .cpu import CpuBackend
 from .cuda import CudaBackend
 from .reference import ReferenceBackend
 
-_BACKENDS: dict[str, Callable[[], Backend]] = {
-    "reference": ReferenceBackend,
-    "cpu": CpuBackend,
-    "cuda": CudaBackend,
-}
+_BACKENDS: dict[str, Callable[[], Backend]] = {"reference": ReferenceBackend, "cpu": CpuBackend, "cuda": CudaBackend}
 BACKEND_NAMES = ("auto", *_BACKENDS)
 
 

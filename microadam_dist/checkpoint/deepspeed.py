@@ -159,8 +159,9 @@ def _stage0_shards(path: Path, states: Mapping[str, Any]) -> list[SourceShard]:
     if isinstance(optimizer, Mapping) and "fp32_groups" in optimizer:  # bf16 or fp16, with master weights
         weights = [tensor.flatten() for group in optimizer["fp32_groups"] for tensor in group]
         return _shards(path, base, weights)
+    module = _module(states)
     return [
-        SourceShard(layout, _flat_state(base, index), _module(states)[layout.spans[0].fqn].flatten(), str(path))
+        SourceShard(layout, _flat_state(base, index), module[layout.spans[0].fqn].flatten(), str(path))
         for index, layout in _layouts(path, base).items()
     ]
 

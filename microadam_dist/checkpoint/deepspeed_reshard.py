@@ -6,7 +6,6 @@ copied.
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,9 +16,9 @@ from torch import Tensor
 
 from ..arithmetic.state import shape_state, state_specs
 from ..config import MicroAdamConfig
-from ..engines.cuts import zero3_shard, zero12_shard
+from ..engines.cuts import FlatShard, zero3_shard, zero3_share, zero12_shard
 from ..errors import CheckpointMismatchError, ConfigError
-from ..layout import FlatShard, StateLayout, even_share, plain_fqn
+from ..layout import StateLayout, plain_fqn
 from .deepspeed import DeepSpeedCheckpoint, read_checkpoint
 from .format import LAYOUT_KEY, describe_layouts
 from .reshard import Resharder, SourceShard
@@ -134,7 +133,7 @@ class _Writer:
         whole = self.checkpoint.untrained_tensors()
         fragments = {}
         for name, shape in (model["frozen_param_shapes"] or {}).items():
-            share = even_share(shape.numel(), self.world_size)
+            share = zero3_share(shape, self.world_size)
             padded = torch.nn.functional.pad(
                 whole[plain_fqn(name)].flatten(), (0, share * self.world_size - shape.numel())
             )
@@ -179,10 +178,7 @@ class _Writer:
         sub_group: dict[str, tuple[int, ...]] = {}
         for fqn, shape in shapes.items():
             sub_group[fqn] = shape
-            if (
-                sum(even_share(math.prod(member), self.world_size) for member in sub_group.values())
-                >= self.sub_group_size
-            ):
+            if sum(zero3_share(member, self.world_size) for member in sub_group.values()) >= self.sub_group_size:
                 yield sub_group
                 sub_group = {}
         if sub_group:

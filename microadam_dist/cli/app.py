@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from typer.core import TyperGroup
 
 from ..checkpoint.deepspeed_reshard import reshard_checkpoint
 from ..diagnostics.environment import backends, chosen, versions
@@ -17,10 +18,20 @@ from ..errors import MicroAdamError
 from .bench import app as bench
 from .plan import plan
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
-app.add_typer(bench, name="bench")
 console = Console(stderr=True)
 
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (MicroAdamError, OSError) as error:
+            console.print(f"[red]error:[/] {error}", highlight=False)
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+app.add_typer(bench, name="bench")
 app.command()(plan)
 
 
@@ -46,12 +57,7 @@ def reshard(
                 tasks[what] = bar.add_task(what, total=total)
             bar.update(tasks[what], completed=done)
 
-        try:
-            rebuilt = reshard_checkpoint(source, target, world_size, tag, progress)
-        except MicroAdamError as error:
-            bar.stop()
-            console.print(f"[red]error:[/] {error}", highlight=False)
-            raise typer.Exit(1) from None
+        rebuilt = reshard_checkpoint(source, target, world_size, tag, progress)
     console.print(f"{target}: {world_size} ranks, verified. Exact but for {len(rebuilt)} blocks cut in another way.")
     for fqn, start, end in rebuilt[:10]:
         console.print(f"  {fqn} [{start}, {end})", highlight=False)
@@ -68,11 +74,7 @@ def report(
 ) -> None:
     """Draw the metrics that MicroAdam(metrics_every=N) has logged in a run, with the loss."""
     output = output or run / "report.html"
-    try:
-        write_report(run, output)
-    except MicroAdamError as error:
-        console.print(f"[red]error:[/] {error}", highlight=False)
-        raise typer.Exit(1) from None
+    write_report(run, output)
     console.print(f"{output}: written", highlight=False)
 
 

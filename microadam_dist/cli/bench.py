@@ -27,7 +27,7 @@ from ..bench.measure import Row, describe, measure, num_steps
 from ..bench.plot import plot
 from ..bench.workload import Workload, parse_dtype, parse_model, parse_numel, parse_setting
 from ..diagnostics.environment import versions
-from ..errors import BackendUnavailableError, ConfigError, MicroAdamError
+from ..errors import BackendUnavailableError, ConfigError
 
 app = typer.Typer(no_args_is_help=True, help="Optimizer steps side by side in one process.")
 console = Console(stderr=True)
@@ -61,23 +61,19 @@ def step(
     All of them step in turn, with gradients that change from step to step. One fused pass over memory reads the
     gradient, and reads and writes weights and state; of a window it reads all slots and writes one.
     """
-    try:
-        if threads:
-            torch.set_num_threads(threads)
-        workloads = [parse_model(x) for x in _list(model)] or [parse_numel(x) for x in _list(numel)]
-        dtypes = {x: parse_dtype(x) for x in _list(dtype)}
-        configs = {x: parse_setting(x, weight_decay) for x in _list(settings)}
-        if not (workloads and dtypes and configs):
-            raise ConfigError("there is nothing to measure: --numel, --dtype and --settings each need a value.")
-        if plot_file and find_spec("matplotlib") is None:
-            raise ConfigError("--plot needs matplotlib: pip install 'microadam-dist[bench]'.")
-        comparison = Comparison(_usable(device), configs, _usable_isas(isa, device), reference, deepspeed)
-        cases = list(product(workloads, dtypes.items()))
-        _require_memory(cases, comparison)
-        rows, missing = _run(cases, comparison, repeats)
-    except MicroAdamError as error:
-        console.print(f"[red]error:[/] {error}", highlight=False)
-        raise typer.Exit(1) from None
+    if threads:
+        torch.set_num_threads(threads)
+    workloads = [parse_model(x) for x in _list(model)] or [parse_numel(x) for x in _list(numel)]
+    dtypes = {x: parse_dtype(x) for x in _list(dtype)}
+    configs = {x: parse_setting(x, weight_decay) for x in _list(settings)}
+    if not (workloads and dtypes and configs):
+        raise ConfigError("there is nothing to measure: --numel, --dtype and --settings each need a value.")
+    if plot_file and find_spec("matplotlib") is None:
+        raise ConfigError("--plot needs matplotlib: pip install 'microadam-dist[bench]'.")
+    comparison = Comparison(_usable(device), configs, _usable_isas(isa, device), reference, deepspeed)
+    cases = list(product(workloads, dtypes.items()))
+    _require_memory(cases, comparison)
+    rows, missing = _run(cases, comparison, repeats)
     _print(rows, missing)
     machine = describe(comparison.device)
     if json_file:

@@ -8,13 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from rich.console import Console
 from rich.table import Table
 from typer import Option
 
 from ..config import MicroAdamConfig
-from ..errors import ConfigError, MicroAdamError
+from ..errors import ConfigError
 from ..planner.engines import Dtype, Engine
 from ..planner.gpus import CONTEXT_BYTES, FRAGMENTATION, GIB, GPUS, needed_bytes, smallest_gpu
 from ..planner.memory import Job, Optimizer, Plan, make_plan
@@ -65,40 +64,36 @@ def plan(
     plot_file: Annotated[Path | None, Option("--plot", metavar="FILE", help="Draw them (.png, .svg, .pdf).")] = None,
 ) -> None:
     """Show the memory a training run needs on each GPU, with MicroAdam, 8-bit AdamW and AdamW."""
-    try:
-        config = MicroAdamConfig(
-            window_size=window_size,
-            density=density,
-            block_size=block_size,
-            bucket_size=bucket_size,
-            ef_bits=ef_bits,
-            packed_window=packed_window,
-        )
-        job = Job(
-            engine=engine,
-            gpus=gpus,
-            dtype=dtype,
-            batch=batch,
-            seq=seq,
-            config=config,
-            gradient_release=gradient_release,
-            activation_checkpointing=activation_checkpointing,
-            offload_optimizer=offload_optimizer,
-            master_free=master_free,
-            loss_chunk=loss_chunk,
-        )
-        name, shape = find_model(model)
-        plans = make_plan(shape, job)
-        Console().print(make_table(name, shape, job, plans))
-        if json_file:
-            json_file.write_text(json.dumps(as_json(name, shape, job, plans), indent=2) + "\n", encoding="utf-8")
-        if plot_file:
-            from ..planner.plot import draw
+    config = MicroAdamConfig(
+        window_size=window_size,
+        density=density,
+        block_size=block_size,
+        bucket_size=bucket_size,
+        ef_bits=ef_bits,
+        packed_window=packed_window,
+    )
+    job = Job(
+        engine=engine,
+        gpus=gpus,
+        dtype=dtype,
+        batch=batch,
+        seq=seq,
+        config=config,
+        gradient_release=gradient_release,
+        activation_checkpointing=activation_checkpointing,
+        offload_optimizer=offload_optimizer,
+        master_free=master_free,
+        loss_chunk=loss_chunk,
+    )
+    name, shape = find_model(model)
+    plans = make_plan(shape, job)
+    Console().print(make_table(name, shape, job, plans))
+    if json_file:
+        json_file.write_text(json.dumps(as_json(name, shape, job, plans), indent=2) + "\n", encoding="utf-8")
+    if plot_file:
+        from ..planner.plot import draw
 
-            draw(plot_file, _title(name, job), {optimizer.value: _peak(plan) for optimizer, plan in plans.items()})
-    except (MicroAdamError, OSError) as error:
-        Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False)
-        raise typer.Exit(1) from None
+        draw(plot_file, _title(name, job), {optimizer.value: _peak(plan) for optimizer, plan in plans.items()})
 
 
 def find_model(model: str) -> tuple[str, LlamaShape]:

@@ -7,6 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from ..backends.cpu import CpuBackend
+from ..backends.cuda import CudaBackend
 from ..backends.select import AutoBackend
 from ..config import MicroAdamConfig
 from ..errors import BackendUnavailableError
@@ -29,15 +31,11 @@ def backends() -> dict[str, str]:
     """Name -> what the backend has here, or why it cannot be used."""
     found = {"reference": "available: pure PyTorch, any device"}
     try:
-        from ..backends.cpu import CpuBackend
-
         cpu = CpuBackend()
         found["cpu"] = f"available: {cpu.isa}, {cpu.num_threads} threads ({cpu.threading})"
     except BackendUnavailableError as error:
         found["cpu"] = f"not available: {error}"
     try:
-        from ..backends.cuda import CudaBackend
-
         found["cuda"] = f"available: {CudaBackend().describe()}"
     except BackendUnavailableError as error:
         found["cuda"] = f"not available: {error}"

@@ -166,7 +166,7 @@ class Meter:
             self._measured_step, self._totals = step, BlockSums()
         skipped = {}  # by rank: one that belongs to several groups counts once
         # Of all parameters, also of those this rank holds no part of: all ranks meet in the same collectives.
-        for group in dict.fromkeys(shard.sharding_group for shard in optimizer.shards().values()):
+        for group in dict.fromkeys(shard.sharding_group for shard in optimizer.sharded.shards().values()):
             sums = self._sums[group].tolist() if group in self._sums else list(BlockSums())
             for rank, num_skipped, theirs in _gather((process_rank()[0], optimizer.num_nonfinite_blocks, sums), group):
                 skipped[rank] = num_skipped

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, TypeGuard
 from torch import Tensor
 
 from ..errors import UnsupportedLayoutError
-from ..layout import ShardSpan, row_share
+from ..layout import ShardSpan
 from .base import Place, Shard
+from .cuts import row_share
 from .dtensors import describe, is_dtensor
 from .rows import RowShard
 

@@ -29,21 +29,17 @@ class NamedParameter:
     shape: tuple[int, ...]
     reference: Callable[[], Tensor | None]
 
-    @classmethod
-    def of(cls, fqn: str, param: Tensor) -> NamedParameter:
-        """A name and what it stands for."""
-        return cls(fqn, tuple(param.shape), weakref.ref(param))
-
     @property
     def param(self) -> Any:
         """The tensor itself; None when nothing else holds it any more."""
         return self.reference()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restore_named, (self.fqn, self.shape, self.param)
+        return named, (self.fqn, self.shape, self.param)
 
 
-def _restore_named(fqn: str, shape: tuple[int, ...], param: Tensor | None) -> NamedParameter:
+def named(fqn: str, shape: tuple[int, ...], param: Tensor | None) -> NamedParameter:
+    """A name and what it stands for."""
     return NamedParameter(fqn, shape, (lambda: None) if param is None else weakref.ref(param))
 
 
@@ -67,7 +63,7 @@ class ParameterNames:
         group = []
         for name, param in zip(names, params, strict=True):
             plain = plain_fqn(name)
-            group.append(NamedParameter.of(name if plain in taken else plain, param))
+            group.append(named(name if plain in taken else plain, tuple(param.shape), param))
             taken.add(group[-1].fqn)
         self.groups.append(group)
         self._index()

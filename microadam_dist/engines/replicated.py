@@ -10,10 +10,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..layout import row_share
 from .base import Place, Shard
 from .collectives import process_rank
-from .cuts import row_shard
+from .cuts import row_shard, row_share
 from .rows import RowShard
 
 

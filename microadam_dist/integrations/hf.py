@@ -9,7 +9,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from ..diagnostics.report import PREFIX
 from ..errors import ConfigError
 from ..optimizer import MicroAdam
-from .wrappers import innermost
+from . import innermost
 
 
 class MetricsCallback(TrainerCallback):

@@ -17,7 +17,7 @@ from typing import Any
 from ..errors import CheckpointMismatchError
 from ..optimizer import MicroAdam
 from ..optimizer.sharded_files import load_sharded, save_sharded
-from .wrappers import innermost
+from . import innermost
 
 FOLDER = "microadam_state"
 
@@ -64,7 +64,9 @@ def keep_sharded_state(accelerator: Any) -> None:
 
     for optimizer in accelerator._optimizers:
         if isinstance(microadam := innermost(optimizer), MicroAdam):
-            microadam.loads_shards_later = True  # under FSDP the hook is called after the optimizer's load_state_dict
+            microadam.sharded.loads_shards_later = (
+                True  # under FSDP the hook is called after the optimizer's load_state_dict
+            )
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
 

@@ -11,44 +11,41 @@ planner predicts with the very code that allocates.
               bucket     elements that share one quantization range, never crosses a block
 """
 
-from .cuts import FlatShard, cut_each, cut_rows, cut_together, even_share, row_share
-from .grid import Band, BlockGrid, Segment
-from .spans import ShardSpan, plain_fqn
+from .grid import Band as Band
+from .grid import BlockGrid as BlockGrid
+from .grid import Segment as Segment
+from .spans import ShardSpan as ShardSpan
+from .spans import plain_fqn as plain_fqn
 from .state import (
-    DENSE_TENSORS,
-    DTYPE_BYTES,
-    ERROR_TENSORS,
-    MIN_SAMPLED_BLOCKS,
-    WINDOW_TENSORS,
-    BlockRun,
-    DenseRun,
-    Extent,
-    SampledRun,
-    StateLayout,
-    StateSize,
+    DENSE_TENSORS as DENSE_TENSORS,
 )
-
-__all__ = [
-    "DENSE_TENSORS",
-    "DTYPE_BYTES",
-    "ERROR_TENSORS",
-    "MIN_SAMPLED_BLOCKS",
-    "WINDOW_TENSORS",
-    "Band",
-    "BlockGrid",
-    "BlockRun",
-    "DenseRun",
-    "Extent",
-    "FlatShard",
-    "SampledRun",
-    "Segment",
-    "ShardSpan",
-    "StateLayout",
-    "StateSize",
-    "cut_each",
-    "cut_rows",
-    "cut_together",
-    "even_share",
-    "plain_fqn",
-    "row_share",
-]
+from .state import (
+    DTYPE_BYTES as DTYPE_BYTES,
+)
+from .state import (
+    ERROR_TENSORS as ERROR_TENSORS,
+)
+from .state import (
+    MIN_SAMPLED_BLOCKS as MIN_SAMPLED_BLOCKS,
+)
+from .state import (
+    WINDOW_TENSORS as WINDOW_TENSORS,
+)
+from .state import (
+    BlockRun as BlockRun,
+)
+from .state import (
+    DenseRun as DenseRun,
+)
+from .state import (
+    Extent as Extent,
+)
+from .state import (
+    SampledRun as SampledRun,
+)
+from .state import (
+    StateLayout as StateLayout,
+)
+from .state import (
+    StateSize as StateSize,
+)

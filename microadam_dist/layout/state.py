@@ -12,14 +12,9 @@ from .grid import Band, BlockGrid
 from .spans import ShardSpan
 
 DTYPE_BYTES = {"uint8": 1, "bfloat16": 2, "float32": 4}
-SPARSE_DTYPES = {
-    "codes": "uint8",
-    "bucket_lo": "bfloat16",
-    "bucket_hi": "bfloat16",
-    "indices": "uint8",
-    "values": "bfloat16",
-    "scales": "bfloat16",
-}
+SPARSE_DTYPES = dict.fromkeys(("codes", "indices"), "uint8") | dict.fromkeys(
+    ("bucket_lo", "bucket_hi", "values", "scales"), "bfloat16"
+)
 ERROR_TENSORS = ("codes", "bucket_lo", "bucket_hi")
 WINDOW_TENSORS = ("indices", "values", "scales")
 DENSE_TENSORS = ("exp_avg", "exp_avg_sq")

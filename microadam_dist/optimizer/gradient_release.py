@@ -66,7 +66,7 @@ class GradientRelease:
 
     def __init__(self, optimizer: MicroAdam) -> None:
         self._optimizer = optimizer
-        self._shards = optimizer.shards()
+        self._shards = optimizer.sharded.shards()
         for shard in self._shards.values():
             _require_final_grad(shard)
         self._released: dict[Tensor, Tensor] = {}

@@ -15,13 +15,11 @@ from ..backends.base import CapturableBackend, DeviceInputs, TensorStep
 from ..backends.select import select_backend
 from ..config import SETTING_NAMES, MicroAdamConfig, reject_unknown_settings
 from ..diagnostics.metrics import Meter
-from ..engines.base import ExchangedBytes, ExchangeSettings, Replayed, Rows, Shard, ShardState
+from ..engines.base import ExchangedBytes, ExchangeSettings, Replayed, Rows, ShardState
 from ..engines.collectives import any_rank
 from ..engines.find import introduce
-from ..engines.names import ParameterNames
 from ..engines.row_exchange import make_exchange
 from ..errors import ConfigError, MicroAdamError
-from ..layout import StateLayout
 from .nonfinite import NonfiniteCounter
 from .sharded_state import ShardedState, StateBytes
 
@@ -89,19 +87,9 @@ class MicroAdam(Optimizer):
         metrics_every: int = 0,
         **unknown: Any,
     ) -> None:
+        arguments = locals()
         reject_unknown_settings(unknown)
-        defaults: dict[str, Any] = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "window_size": window_size,
-            "density": density,
-            "block_size": block_size,
-            "bucket_size": bucket_size,
-            "ef_bits": ef_bits,
-            "packed_window": packed_window,
-        }
+        defaults = {name: arguments[name] for name in SETTING_NAMES}
         defaults = _with_numbers(defaults, MicroAdamConfig.from_dict(defaults))
         if not isinstance(capturable, bool):
             raise ConfigError(f"capturable={capturable!r}: expected true or false.")
@@ -118,8 +106,9 @@ class MicroAdam(Optimizer):
         self.exchanged_bytes = ExchangedBytes()
         self._backend = select_backend("cuda" if capturable else backend)
         self._exchange = make_exchange(exchange_settings, self.exchanged_bytes)
-        self._sharded = ShardedState(self._exchange, counts_on_device=capturable)
-        self._sharded.bind(self)
+        self.sharded = ShardedState(self._exchange, counts_on_device=capturable)
+        self.sharded.bind(self)
+        self.names = self.sharded.names
         self._meter = Meter(metrics_every) if metrics_every else None
         self._nonfinite = NonfiniteCounter()
         for group in self.param_groups:
@@ -164,7 +153,7 @@ class MicroAdam(Optimizer):
 
     def state_bytes(self) -> StateBytes:
         """State this rank holds now, as allocated (step counters not counted)."""
-        return self._sharded.state_bytes()
+        return self.sharded.state_bytes()
 
     @property
     def num_nonfinite_blocks(self) -> int:
@@ -266,10 +255,10 @@ class MicroAdam(Optimizer):
             return update(members)
         exchanged, own = [], []
         for p in members:
-            shard = self._sharded.shard(p)
+            shard = self.sharded.shard(p)
             if shard.is_exchanged:
-                state = self._sharded.local(p)
-                exchanged.append(Rows(shard, self._sharded.layout(p), state, int(state["step"])))
+                state = self.sharded.local(p)
+                exchanged.append(Rows(shard, self.sharded.layout(p), state, int(state["step"])))
             else:
                 own.append(p)
         replay = functools.partial(self._replay, config=config)
@@ -277,16 +266,16 @@ class MicroAdam(Optimizer):
 
     def _update(self, members: Sequence[Tensor], config: MicroAdamConfig, inputs: float | DeviceInputs) -> int | Tensor:
         """Step this rank's part of these tensors; returns the number of skipped blocks."""
-        self._sharded.note_step()
-        shards = [self._sharded.shard(p) for p in members]
-        states = [self._sharded.local(p) for p in members]
+        self.sharded.note_step()
+        shards = [self.sharded.shard(p) for p in members]
+        states = [self.sharded.local(p) for p in members]
         with _row_major([shard.param for shard in shards]) as params:
             steps = [
                 TensorStep(
                     param,
                     shard.grad.contiguous(),
                     state,
-                    self._sharded.layout(p),
+                    self.sharded.layout(p),
                     0 if self.capturable else int(state["step"]),
                     counter=state["step"],
                 )
@@ -311,23 +300,23 @@ class MicroAdam(Optimizer):
 
     def _prepare(self, groups: Sequence[tuple[MicroAdamConfig, Sequence[Tensor]]]) -> bool:
         """Make state where there is none, unless something is not supported; returns whether there was none at all."""
-        was_empty = self._sharded.is_empty
-        new = self._sharded.find_new(p for _, members in groups for p in members)
+        was_empty = self.sharded.is_empty
+        new = self.sharded.find_new(p for _, members in groups for p in members)
         for config, members in groups:
-            self._sharded.require_unchanged(members, config, new)
+            self.sharded.require_unchanged(members, config, new)
         for p, layout in new.items():
             self._backend.check(layout.config, p.device)
-        self._sharded.allocate(new)
+        self.sharded.allocate(new)
         return was_empty
 
     def _is_probe(self, tensors: Sequence[Tensor]) -> bool:
         """Whether a first call is made only to see the state: all gradients are zero, on all ranks that must agree."""
         # A rank that has nothing to step answers others that have.
-        shards = [self._sharded.shard(p) for p in tensors] or list(self.shards().values())
+        shards = [self.sharded.shard(p) for p in tensors] or list(self.sharded.shards().values())
         if not all(shard.may_be_probed for shard in shards):
             return False
         # The number of nonzero elements, without a temporary tensor (`any` makes one of bools).
-        grads = [self._sharded.shard(p).grad for p in tensors]
+        grads = [self.sharded.shard(p).grad for p in tensors]
         is_nonzero = any(bool(torch.linalg.vector_norm(grad, 0)) for grad in grads)
         return not any_rank(is_nonzero, (group for shard in shards for group in shard.groups))
 
@@ -336,7 +325,7 @@ class MicroAdam(Optimizer):
     def state_dict(self) -> StateDict:
         """The state as torch's optimizers give it, and what it describes; see `ShardedState.describe`."""
         state_dict = super().state_dict()
-        self._sharded.describe(state_dict)
+        self.sharded.describe(state_dict)
         return state_dict
 
     @torch.no_grad()
@@ -350,44 +339,14 @@ class MicroAdam(Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
-        if self._sharded.load(state_dict):
+        if self.sharded.load(state_dict):
             for post_hook in self._optimizer_load_state_dict_post_hooks.values():
                 post_hook(self)
 
     @property
-    def names(self) -> ParameterNames:
-        """What the parameters are called."""
-        return self._sharded.names
-
-    @property
     def is_saved_apart(self) -> bool:
         """See `ShardedState.is_saved_apart`."""
-        return self._sharded.is_saved_apart
-
-    @property
-    def loads_shards_later(self) -> bool:
-        """See `ShardedState`."""
-        return self._sharded.loads_shards_later
-
-    @loads_shards_later.setter
-    def loads_shards_later(self, value: bool) -> None:
-        self._sharded.loads_shards_later = value
-
-    def layouts(self) -> dict[Tensor, StateLayout]:
-        """What each tensor in the param groups holds, whether it has state yet or not."""
-        return self._sharded.layouts()
-
-    def shards(self) -> dict[Tensor, Shard]:
-        """How the data of each tensor in the param groups is reached."""
-        return self._sharded.shards()
-
-    def flat_state(self, p: Tensor) -> dict[str, Tensor] | None:
-        """See `ShardedState.flat_state`."""
-        return self._sharded.flat_state(p)
-
-    def load_shards(self, states: Mapping[Tensor, Mapping[str, Tensor] | None]) -> None:
-        """See `ShardedState.load_shards`."""
-        self._sharded.load_shards(states)
+        return self.sharded.is_saved_apart
 
     def __getstate__(self) -> dict[str, Any]:
         # The base class leaves out its hooks, and everything it does not know.
@@ -397,7 +356,7 @@ class MicroAdam(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._sharded.bind(self)
+        self.sharded.bind(self)
 
 
 @contextlib.contextmanager

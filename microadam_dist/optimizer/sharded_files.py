@@ -31,7 +31,7 @@ def save_sharded(optimizer: MicroAdam, folder: str | Path) -> None:
     Raises:
         UnsupportedLayoutError: The optimizer is DeepSpeed's, which saves its state itself.
     """
-    tensors = [LocalState(layout, optimizer.flat_state(p)) for p, layout in _layouts(optimizer).items()]
+    tensors = [LocalState(layout, optimizer.sharded.flat_state(p)) for p, layout in _layouts(optimizer).items()]
     configs = map(MicroAdamConfig.from_dict, optimizer.param_groups)  # numbers, for the file
     groups = [{name: getattr(config, name) for name in _CHANGEABLE_SETTINGS} for config in configs]
     write_state(folder, tensors, groups, process_rank()[1])
@@ -56,14 +56,14 @@ def load_sharded(optimizer: MicroAdam, folder: str | Path) -> None:
         saved = SavedState(folder)
         layouts = _layouts(optimizer)
         states = dict(zip(layouts, saved.states(list(layouts.values())), strict=True))
-    optimizer.load_shards(states)
+    optimizer.sharded.load_shards(states)
     if len(saved.param_groups) == len(optimizer.param_groups):  # otherwise their settings are the user's
         for group, settings in zip(optimizer.param_groups, saved.param_groups, strict=True):
             group.update({**settings, "betas": tuple(settings["betas"])})
 
 
 def _layouts(optimizer: MicroAdam) -> dict[Tensor, StateLayout]:
-    layouts = optimizer.layouts()
+    layouts = optimizer.sharded.layouts()
     for layout in layouts.values():
         if len(layout.spans) != 1:
             raise UnsupportedLayoutError(

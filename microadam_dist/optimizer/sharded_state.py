@@ -65,20 +65,18 @@ class ShardedState:
         return {name: value for name, value in vars(self).items() if name != "_optimizer"}
 
     @property
-    def _groups(self) -> list[dict[str, Any]]:
+    def _owner(self) -> Optimizer:
         optimizer = self._optimizer()
         assert optimizer is not None  # it owns this
-        return optimizer.param_groups
+        return optimizer
 
     @property
     def _state(self) -> dict[Tensor, Any]:
-        optimizer = self._optimizer()
-        assert optimizer is not None
-        return optimizer.state
+        return self._owner.state
 
     @property
     def _tensors(self) -> list[Tensor]:
-        return list(chain.from_iterable(group["params"] for group in self._groups))
+        return list(chain.from_iterable(group["params"] for group in self._owner.param_groups))
 
     @property
     def is_saved_apart(self) -> bool:
@@ -227,7 +225,7 @@ class ShardedState:
             CheckpointMismatchError: The state does not fit. Nothing has been changed.
         """
         groups, saved_state = state_dict_parts(state_dict)
-        match_groups(groups, self._groups)
+        match_groups(groups, self._owner.param_groups)
         tensors = self._tensors
         keys = chain.from_iterable(group["params"] for group in groups)
         loaded = {p: saved_state[key] for p, key in zip(tensors, keys, strict=True) if key in saved_state}
@@ -259,7 +257,7 @@ class ShardedState:
         return True
 
     def _load_group_settings(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        for group, saved in zip(self._groups, copy.deepcopy(groups), strict=True):
+        for group, saved in zip(self._owner.param_groups, copy.deepcopy(groups), strict=True):
             group.update({key: value for key, value in saved.items() if key not in ("params", "param_names")})
 
     def _is_elsewhere(self, p: Tensor, saved: Any) -> bool:
@@ -296,7 +294,7 @@ class ShardedState:
         layouts: dict[Tensor, StateLayout] = {}
         if not wanted:
             return layouts
-        for index, group in enumerate(self._groups):
+        for index, group in enumerate(self._owner.param_groups):
             config = None
             for position, tensor in enumerate(group["params"]):
                 if tensor in wanted:

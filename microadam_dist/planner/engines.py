@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from ..engines.cuts import fsdp1_shard, row_shard, zero3_shard, zero12_shard
+from ..engines.cuts import FlatShard, fsdp1_shard, row_shard, zero3_shard, zero12_shard
 from ..errors import ConfigError
-from ..layout import FlatShard, ShardSpan
+from ..layout import ShardSpan
 from .shapes import Shapes
 
 

@@ -68,13 +68,13 @@ def _resume(rank: int, world_size: int, folder: str, moves: list[tuple[int, int,
         optimizer = base_optimizer(engine)
         loaded = [
             SourceShard(layout, flatten_state(optimizer.state[p]), p.detach().flatten().clone(), "")
-            for p, layout in optimizer._sharded._layouts.items()
+            for p, layout in optimizer.sharded._layouts.items()
         ]
         state = {name: {n: t.clone() for n, t in block.items()} for name, block in blocks(loaded).items()}
         moments, weights_then = dense(loaded), full_weights(engine)
         train(engine, make_gradients(END, dtype)[SAVED_AT:])
         gathered: list[Any] = [None] * world_size
-        cuts = cut_intervals(optimizer._sharded._layouts.values())
+        cuts = cut_intervals(optimizer.sharded._layouts.values())
         dist.all_gather_object(gathered, (state, moments, cuts))
         results.append((weights_then, full_weights(engine), gathered))
         engine.destroy()

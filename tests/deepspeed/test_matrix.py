@@ -47,7 +47,7 @@ def intervals(optimizer: MicroAdam, tensor: Tensor, values: Tensor) -> list[Inte
     flat = values.detach().flatten()
     return [
         Interval(s.fqn, s.global_shape, s.start, flat[s.offset : s.offset + s.numel].clone())
-        for s in optimizer.layouts()[tensor].spans
+        for s in optimizer.sharded.layouts()[tensor].spans
     ]
 
 
@@ -86,7 +86,7 @@ def run_row(row: Row, rank: int) -> Record:
             engine.backward(engine(grads))
             engine.step()
     record.after = [interval for found in after.values() for interval in found]
-    record.cuts = cut_intervals(optimizer._sharded._layouts.values())
+    record.cuts = cut_intervals(optimizer.sharded._layouts.values())
     engine.destroy()
     return record
 

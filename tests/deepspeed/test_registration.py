@@ -104,7 +104,7 @@ def _poison_padding(rank: int, world_size: int) -> int:
     engine = initialize(make_model(), make_config(3, torch.float32))
     train(engine, make_gradients(1))
     (shard,) = engine.optimizer.fp32_partitioned_groups_flat
-    layout = base_optimizer(engine)._sharded._layouts[shard]
+    layout = base_optimizer(engine).sharded._layouts[shard]
     padding = torch.ones(shard.numel(), dtype=torch.bool)
     for span in layout.spans:
         padding[span.offset : span.offset + span.numel] = False

@@ -32,7 +32,7 @@ def _train_stages(rank: int, world_size: int, configs: list[tuple[int, str, dict
         train(engine, make_gradients(NUM_STEPS, dtype))
         optimizer = base_optimizer(engine)
         gathered: list[Any] = [None] * world_size
-        dist.all_gather_object(gathered, cut_intervals(optimizer._sharded._layouts.values()))
+        dist.all_gather_object(gathered, cut_intervals(optimizer.sharded._layouts.values()))
         results.append((full_weights(engine), [cut for cuts in gathered for cut in cuts], optimizer.state_bytes()))
         engine.destroy()
     return results

@@ -151,7 +151,7 @@ def test_off_is_nothing() -> None:
     train(optimizer, range(3))
     assert optimizer.metrics == {} and optimizer.metrics_every == 0
     assert optimizer._meter is None
-    assert not any("sample" in vars(layout) for layout in optimizer.layouts().values())
+    assert not any("sample" in vars(layout) for layout in optimizer.sharded.layouts().values())
 
 
 @pytest.mark.parametrize("every", [-1, 2.5, "50", True])

@@ -71,8 +71,8 @@ def run(model: nn.Module, optimizer: MicroAdam, mode: str, steps: range) -> None
 def everything(optimizer: MicroAdam) -> Everything:
     """This rank's blocks and moments."""
     shards = [
-        SourceShard(layout, optimizer.flat_state(p), p.detach().reshape(-1), "")
-        for p, layout in optimizer.layouts().items()
+        SourceShard(layout, optimizer.sharded.flat_state(p), p.detach().reshape(-1), "")
+        for p, layout in optimizer.sharded.layouts().items()
         if optimizer.state.get(p)
     ]
     return {key: {n: t.clone() for n, t in block.items()} for key, block in blocks(shards).items()}, dense(shards)
@@ -273,8 +273,8 @@ def _load_elsewhere(rank: int, world_size: int, saved: Path) -> None:
             steps = {int(state["step"]) for state in optimizer.state.values()}
             assert steps == {SAVED_AT}, (engine, steps)
             shards = [
-                SourceShard(layout, optimizer.flat_state(p), torch.empty(layout.spans[0].numel), "")
-                for p, layout in optimizer.layouts().items()
+                SourceShard(layout, optimizer.sharded.flat_state(p), torch.empty(layout.spans[0].numel), "")
+                for p, layout in optimizer.sharded.layouts().items()
             ]
             got = blocks(shards)
             whole = got.keys() & expected.keys()

@@ -196,8 +196,8 @@ def test_capture_before_the_first_step_is_refused() -> None:
     param = nn.Parameter(torch.randn(64, 300, device="cuda"))
     param.grad = torch.randn_like(param)
     optimizer = MicroAdam([param], capturable=True)
-    layout = optimizer.layouts()[param]
-    optimizer.load_shards({param: {"step": torch.tensor(1), **allocate_state(layout, param.device)}})
+    layout = optimizer.sharded.layouts()[param]
+    optimizer.sharded.load_shards({param: {"step": torch.tensor(1), **allocate_state(layout, param.device)}})
     with (
         pytest.raises(BackendUnavailableError, match="at least one step before"),
         torch.cuda.graph(torch.cuda.CUDAGraph()),

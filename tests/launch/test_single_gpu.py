@@ -16,7 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from microadam_dist.diagnostics.live_bytes import LiveBytes
+from bench.live_bytes import LiveBytes
 from tests.launch.runs import LAUNCH, ROOT, TINY_LLAMA, assert_same_run, options
 from tests.text import SEQ_LEN, batch, tiny_llama
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from microadam_dist.diagnostics.live_bytes import LiveBytes
+from bench.live_bytes import LiveBytes
 from microadam_dist.planner import memory
 from microadam_dist.planner.engines import Engine, rank_shards
 from microadam_dist.planner.memory import Job
