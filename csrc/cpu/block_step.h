@@ -23,8 +23,8 @@ inline void with_type(void* array, int64_t dtype, const F& f) {
   }
 }
 
-// Top-K of gradient and error: the newest slot, and what is left as the new error. Returns false where the accumulator is
-// not finite.
+// Top-K of gradient and error: the newest slot, and what is left as the new error. Returns false where the accumulator
+// is not finite.
 bool keep_largest(const Block& block, const Step& step, const Scratch& s) {
   with_type(const_cast<void*>(block.grad), step.grad_dtype,
             [&](const auto* grad) { accumulate(grad, block, step, s); });

@@ -63,9 +63,9 @@ struct Scratch {
   uint32_t* candidate_bits;  // (numel) and the accumulator there
 
   // update of the weights; may overlap with what the selection needs
-  Moments* terms;     // (num_kept) what one slot adds to the window sums
-  Moments* sums;      // (entries) window sums of the entries in the window
-  uint16_t* weights;  // (entries) and the weights there, if they have 16 bits
+  Moments* terms;              // (num_kept) what one slot adds to the window sums
+  Moments* sums;               // (entries) window sums of the entries in the window
+  uint16_t* weights;           // (entries) and the weights there, if they have 16 bits
   uint16_t* unpacked_indices;  // (entries) of a packed window
   float* unpacked_values;      // (num_kept) of one of its slots
 };

@@ -1,4 +1,5 @@
-/* The C interface of the fused CPU step. `microadam_dist/backends/cpu.py` mirrors these structures with ctypes.
+/* The C interface of the fused CPU step. `microadam_dist/backends/cpu.py`, with `structures.py` beside it, mirrors
+ * these structures with ctypes.
  *
  * One call updates all tensors of one param group. Offsets are in elements; a flat state tensor is described in
  * `microadam_dist/layout.py`, the arithmetic in `microadam_dist/algorithm.py`.
@@ -65,9 +66,9 @@ typedef struct {
   int64_t* counter; /* optional: 1 is added */
   uint8_t* codes;
   uint16_t *bucket_lo, *bucket_hi; /* bf16 */
-  uint8_t* indices; /* 16 bits each; packed: 12 bits */
-  uint8_t* values;  /* bf16; packed: int8 */
-  uint16_t* scales; /* bf16; null: the window is not packed */
+  uint8_t* indices;                /* 16 bits each; packed: 12 bits */
+  uint8_t* values;                 /* bf16; packed: int8 */
+  uint16_t* scales;                /* bf16; null: the window is not packed */
   float *exp_avg, *exp_avg_sq;
   int64_t param_dtype, grad_dtype; /* enum microadam_dtype */
 } microadam_tensor;

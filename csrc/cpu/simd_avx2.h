@@ -50,12 +50,18 @@ inline void store(Fp16* to, Floats x) {
 }
 
 inline void store_pairs(float* to, Floats even, Floats odd) {
+  // Unpacking works inside each half:
+  //   low    e0 o0 e1 o1 | e4 o4 e5 o5        high   e2 o2 e3 o3 | e6 o6 e7 o7
+  //   0x20, the first halves: e0 o0 e1 o1 | e2 o2 e3 o3;  0x31, the second ones: e4 o4 e5 o5 | e6 o6 e7 o7
   const Floats low = _mm256_unpacklo_ps(even, odd), high = _mm256_unpackhi_ps(even, odd);
   _mm256_storeu_ps(to, _mm256_permute2f128_ps(low, high, 0x20));
   _mm256_storeu_ps(to + 8, _mm256_permute2f128_ps(low, high, 0x31));
 }
 
 inline void load_pairs(const float* from, Floats* even, Floats* odd) {
+  //   a      e0 o0 e1 o1 | e2 o2 e3 o3        b      e4 o4 e5 o5 | e6 o6 e7 o7
+  //   low    e0 o0 e1 o1 | e4 o4 e5 o5        high   e2 o2 e3 o3 | e6 o6 e7 o7    (0x20, 0x31: as in store_pairs)
+  //   0x88, lanes 0 and 2 of each half of both: e0 e1 e2 e3 | e4 e5 e6 e7;  0xDD, lanes 1 and 3: o0 .. o3 | o4 .. o7
   const Floats a = load(from), b = load(from + 8);
   const Floats low = _mm256_permute2f128_ps(a, b, 0x20), high = _mm256_permute2f128_ps(a, b, 0x31);
   *even = _mm256_shuffle_ps(low, high, 0x88);
@@ -116,6 +122,8 @@ struct SetBits {
 constexpr SetBits kSetBits;
 
 inline int append(uint16_t* list, Ints x, uint32_t lanes) {
+  //   lanes = 0b10010010     order  1  4  7  0  0  0  0  0
+  //                          list   x1 x4 x7, and what the next call overwrites
   const Ints order = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(kSetBits.of[lanes])));
   store_shorts(list, _mm256_permutevar8x32_epi32(x, order));
   return _mm_popcnt_u32(lanes);
@@ -155,7 +163,10 @@ inline void decode_64(const Decoder& decoder, const uint8_t* codes, Floats (&x)[
 inline Ints round_32(const Floats* x) {
   const Ints a = _mm256_packs_epi32(_mm256_cvtps_epi32(x[0]), _mm256_cvtps_epi32(x[1]));
   const Ints b = _mm256_packs_epi32(_mm256_cvtps_epi32(x[2]), _mm256_cvtps_epi32(x[3]));
-  // Packing works inside each half: groups of four codes come out as x0[0] x1[0] x2[0] x3[0] x0[1] ...
+  // Packing works inside each half. In groups of four lanes, xi for the first ones of x[i] and Xi for the last ones:
+  //   packed   x0 x1 x2 x3 | X0 X1 X2 X3
+  //   order     0  4  1  5 |  2  6  3  7
+  //   bytes    x0 X0 x1 X1 | x2 X2 x3 X3
   const Ints order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   const Ints bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(a, b), order);
   return _mm256_min_epu8(bytes, _mm256_set1_epi8(15));
@@ -164,6 +175,10 @@ inline Ints round_32(const Floats* x) {
 inline void encode_64(uint8_t* codes, const Floats (&x)[8]) {
   const Ints weights = _mm256_set1_epi16(0x1001);  // first + 16 * second
   const Ints a = _mm256_maddubs_epi16(round_32(x), weights), b = _mm256_maddubs_epi16(round_32(x + 4), weights);
+  // The same for groups of eight lanes:
+  //   packed   a0 b0 | a1 b1
+  //   0xD8      0  2 |  1  3
+  //   bytes    a0 a1 | b0 b1
   const Ints bytes = _mm256_permute4x64_epi64(_mm256_packus_epi16(a, b), 0xD8);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), bytes);
 }

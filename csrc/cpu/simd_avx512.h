@@ -56,6 +56,8 @@ inline void store(Fp16* to, Floats x) {
 }
 
 inline void store_pairs(float* to, Floats even, Floats odd) {
+  //   even  e0 e1 .. e15        odd  o0 o1 .. o15        first   e0 o0 e1 o1 .. e7  o7
+  //          0  1 ..  15             16 17 ..  31        second  e8 o8 e9 o9 .. e15 o15
   const Ints first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
   const Ints second = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
   _mm512_storeu_ps(to, _mm512_permutex2var_ps(even, first, odd));
@@ -63,6 +65,8 @@ inline void store_pairs(float* to, Floats even, Floats odd) {
 }
 
 inline void load_pairs(const float* from, Floats* even, Floats* odd) {
+  //   a     e0 o0 .. e7 o7      b    e8 o8 .. e15 o15    even    e0 e1 .. e15
+  //          0  1 .. 14 15          16 17 ..  30  31     odd     o0 o1 .. o15
   const Floats a = load(from), b = load(from + 16);
   const Ints evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   const Ints odds = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
@@ -139,7 +143,9 @@ inline Decoder make_decoder(float step, float lo) {
 }
 
 inline void decode_64(const Decoder& decoder, const uint8_t* codes, Floats (&x)[4]) {
-  // Lane i takes the bits from 4 * i on; the permutation reads the low four of them only.
+  // Lane i takes eight bits from bit 4 * i on; the permutation reads the low four of them only.
+  //   sixteen_codes, in every eight bytes:   | code 15 |  ..  | code i + 1 | code i |  ..  | code 0 |
+  //   lane i, its bytes from the last one:   |  ..  |  ..  |  ..  | code i + 1, code i |
   const Ints first_bit = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60);
   for (int i = 0; i < 4; ++i) {
     int64_t sixteen_codes;
@@ -152,7 +158,10 @@ inline void decode_64(const Decoder& decoder, const uint8_t* codes, Floats (&x)[
 inline void encode_64(uint8_t* codes, const Floats (&x)[4]) {
   const Ints a = _mm512_packs_epi32(_mm512_cvtps_epi32(x[0]), _mm512_cvtps_epi32(x[1]));
   const Ints b = _mm512_packs_epi32(_mm512_cvtps_epi32(x[2]), _mm512_cvtps_epi32(x[3]));
-  // Packing works inside each quarter: groups of four codes come out as x0[0] x1[0] x2[0] x3[0] x0[1] ...
+  // Packing works inside each quarter. In groups of four lanes, of which xij is number j of x[i]:
+  //   packed   x00 x10 x20 x30 | x01 x11 x21 x31 | x02 x12 x22 x32 | x03 x13 x23 x33
+  //   order      0   4   8  12 |   1   5   9  13 |   2   6  10  14 |   3   7  11  15
+  //   bytes    x00 x01 x02 x03 | x10 x11 x12 x13 | x20 x21 x22 x23 | x30 x31 x32 x33
   const Ints order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   Ints bytes = _mm512_permutexvar_epi32(order, _mm512_packus_epi16(a, b));
   bytes = _mm512_min_epu8(bytes, _mm512_set1_epi8(15));

@@ -11,13 +11,12 @@ constexpr float kLevels = 15.f;
 // adds to the product is subtracted again without an error.
 __device__ __forceinline__ float times_code(uint32 codes, int j, float step_q) {
   const uint32 power = in_register(0x4b000000u);  // 2^23
-  //   one_a_byte: | 06 | 04 | 02 | 00 | for even j, the numbers of the codes; | 07 | 05 | 03 | 01 | for odd j
-  //   selector       3    2    1    0
-  //   power:      | 4b | 00 | 00 | 00 |
-  //   selector       7    6    5    4
-  //   number:     | 4b | 00 | 00 | code j |
-  //   selector       7    4    4    j / 2
   const uint32 one_a_byte = (j % 2 == 0 ? codes : codes >> 4) & 0x0f0f0f0fu;
+  //   byte           7     6     5     4        3        2        1        0
+  //   power       |  4b |  00 |  00 |  00 |
+  //   one_a_byte                          |  code 6 | code 4 | code 2 | code 0 |  for even j; 7, 5, 3, 1 for odd j
+  //   0x744i, i = j / 2, takes byte            7        4        4        i
+  //   number                              |    4b   |   00   |   00   | code j |
   const float number = as_float(__byte_perm(one_a_byte, power, 0x7440 | j / 2));
   return __fmaf_rn(number, step_q, -(as_float(power) * step_q));
 }

@@ -1,4 +1,5 @@
-// What one launch is given. `microadam_dist/backends/cuda_launch.py` mirrors these structures with ctypes.
+// What one launch is given. `microadam_dist/backends/cuda_launch.py`, with `structures.py` beside it, mirrors these
+// structures with ctypes.
 //
 // Offsets are in elements; a flat state tensor is described in `microadam_dist/layout.py`.
 #pragma once

@@ -1,4 +1,4 @@
-// The settings of this compilation: the only place that reads its macros.
+// The settings of this compilation, from its macros, which nothing else reads.
 #pragma once
 
 #include "device.cuh"

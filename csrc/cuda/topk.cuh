@@ -152,18 +152,15 @@ __device__ __forceinline__ uint32 reach(const uint32 (&packed)[kVector / 2], uin
   uint32 differences[kVector / 2];
 #pragma unroll
   for (int i = 0; i < kVector / 2; ++i) differences[i] = (packed[i] | 0x80008000u) - key * 0x10001u;
-  // The upper bytes of the differences i and i + 1, which are those of elements 2 i to 2 i + 3:
-  //   differences[i]:     | element 1 |  ..  | element 0 |  ..  |
-  //   selector                  3        2         1        0
-  //   differences[i + 1]: | element 3 |  ..  | element 2 |  ..  |
-  //   selector                  7        6         5        4
-  //   result:             | element 3 | element 2 | element 1 | element 0 |
-  //   selector                  7           5           3           1
+  // The upper byte of each element's difference, of elements 0 to 3 and then the same for elements 4 to 7:
+  //   byte               7      6      5      4         3      2      1      0
+  //   differences[1]  | element 3   | element 2   |
+  //   differences[0]                              |  element 1   | element 0   |
+  //   0x7531 takes byte                                 7      5      3      1
+  //   first                                       |  el. 3| el. 2| el. 1| el. 0|
   const uint32 first = __byte_perm(differences[0], differences[1], 0x7531);
   const uint32 last = __byte_perm(differences[2], differences[3], 0x7531);
-  //   bits 31 .. 0 of the mask, where l are elements 4 to 7 and f elements 0 to 3:
-  //   | l...f... | l...f... | l...f... | l...f... |
-  //      7   3      6   2      5   1      4   0
+  //   bits 31 to 0, and the elements that have them:   7...3...  6...2...  5...1...  4...0...
   return (first & 0x80808080u) >> 4 | (last & 0x80808080u);
 }
 

@@ -20,8 +20,9 @@ template <class Traits>
 __device__ __forceinline__ void stage_window(Shared<Traits>& s) {
   if (!is_staged<Traits>(s.block.num_kept)) return;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < Traits::kWindowSize * s.block.num_kept; i += Traits::kThreads)
+  for (int i = threadIdx.x; i < Traits::kWindowSize * s.block.num_kept; i += Traits::kThreads) {
     s.staged[i] = stored_entry(i, s.block);
+  }
 }
 
 // Entry number i of the window: its index, and the bits of its value in the upper half.

@@ -70,7 +70,7 @@ def compile_kernel(macros: Mapping[str, str | int], arch: str) -> bytes:
     Ranks that compile the same kernel at once do not disturb each other: a file appears when it is complete.
 
     Args:
-        macros: The macros of ``microadam.cu`` without their prefix.
+        macros: Those of ``settings.cuh`` without their prefix.
         arch: ``"sm_90"`` and the like.
 
     Raises:

@@ -28,7 +28,7 @@ def select_backend(name: str) -> Backend:
     """
     if name == "auto":
         return AutoBackend()
-    if name not in _BACKENDS:
+    if name not in BACKEND_NAMES:
         raise ConfigError(f"backend={name!r}: expected one of {', '.join(BACKEND_NAMES)}.")
     return _BACKENDS[name]()
 
