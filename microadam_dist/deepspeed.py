@@ -32,7 +32,7 @@ def register() -> None:
 def disable_shm_allreduce() -> None:
     """On a CPU machine: keep DeepSpeed on gloo instead of its shared-memory all-reduce. Call it before initialization.
 
-    That op is compiled at first use (10 to 50 seconds) and leaves a 66 MB file a rank and run in ``/dev/shm``.
+    That op is compiled at first use (10 to 50 seconds) and leaves a 66 MB file per rank and run in ``/dev/shm``.
     """
     import deepspeed.ops
 

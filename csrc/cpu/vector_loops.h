@@ -48,7 +48,7 @@ inline void convert(To* to, const From* from, int numel) {
 //
 // The weights are asked for in equal portions while the accumulator is computed and searched, the next block's gradient
 // while the residual is quantized: many requests at once would fill the miss buffers and stop ordinary loads. For the
-// same reason they go to the second-level cache. (Zen 4, 1 % kept of 4096 fp32, cycles an element: no prefetch 3.3, to
+// same reason they go to the second-level cache. (Zen 4, 1 % kept of 4096 fp32, cycles per element: no prefetch 3.3, to
 // the first level 3.4, to the second 2.65, in equal portions 2.35.)
 
 constexpr int64_t kCacheLine = 64;

@@ -141,7 +141,7 @@ class CpuBackend:
     def _table(
         self, tensors: Sequence[TensorStep], grads: Sequence[Tensor | None], scalars: Mapping[int, int]
     ) -> bytes:
-        """One microadam_tensor a tensor, from the address of the scalars by step."""
+        """One microadam_tensor per tensor, from the address of the scalars by step."""
         for tensor in tensors:
             if id(tensor.layout) not in self._layouts:
                 self._add_layout(tensor.layout)

@@ -15,7 +15,7 @@ from ..layout import DENSE_TENSORS, BlockRun, DenseRun
 from .base import TensorStep
 from .tensors import count_steps
 
-# Blocks are independent, so a large run is worked off in pieces to bound the temporaries (about 100 bytes an element).
+# Blocks are independent, so a large run is worked off in pieces to bound the temporaries (about 100 bytes per element).
 CHUNK_NUMEL = 1 << 20
 
 

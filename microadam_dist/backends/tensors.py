@@ -31,9 +31,9 @@ def readable_grads(tensors: Iterable[TensorStep]) -> list[Tensor | None]:
 
 
 class Addresses(NamedTuple):
-    """Addresses of tensors, a list for each field with one entry a `TensorStep`; 0 for what it does not have.
+    """Addresses of tensors, a list for each field with one entry per `TensorStep`; 0 for what it does not have.
 
-    Field by field, because a Python call a tensor takes longer than the step of a small one.
+    Field by field, because a Python call per tensor takes longer than the step of a small one.
 
     Attributes:
         param, grad, counter: As in `TensorStep`; ``grad`` as it was given.

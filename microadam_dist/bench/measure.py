@@ -22,7 +22,7 @@ _PROC = Path("/proc/self")
 
 @dataclass(frozen=True)
 class Row:
-    """The result of one contender. Times are those of a step, in nanoseconds a parameter.
+    """The result of one contender. Times are those of a step, in nanoseconds per parameter.
 
     Attributes:
         workload: Name of the parameter shapes.
@@ -31,8 +31,8 @@ class Row:
         num_tensors, numel: What it updated; the reference backend gets fewer parameters.
         ns_median, ns_min: Over all rounds.
         speedup: The baseline's time divided by its own, a parameter; median over the rounds.
-        state_bytes: State, bytes a parameter.
-        floor_bytes: What one fused pass over memory would move, bytes a parameter.
+        state_bytes: State, bytes per parameter.
+        floor_bytes: What one fused pass over memory would move, bytes per parameter.
         floor_rate: Bytes a second that the median time means when only those are moved.
         peak_extra_bytes: Memory that a step takes and gives back; None where the system does not tell.
     """

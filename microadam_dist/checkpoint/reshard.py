@@ -9,7 +9,7 @@ A block that is cut in another way than before is rebuilt (ours):
   in a packed window they get a new scale and are rounded again;
 - unused places of a slot are empty (value 0).
 
-At most two blocks a rank and flat buffer are cut. ``step`` belongs to a local tensor; where parameters of different
+At most two blocks per rank and flat buffer are cut. ``step`` belongs to a local tensor; where parameters of different
 step come together in one, it gets the largest, and slots move so that each keeps its age.
 """
 

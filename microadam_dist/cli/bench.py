@@ -157,7 +157,7 @@ def _print(rows: Sequence[Row], missing: dict[str, str]) -> None:
     for (workload, dtype), members in groupby(rows, key=lambda row: (row.workload, row.dtype)):
         table = Table(
             title=f"{workload} parameters, {dtype}",
-            caption=f"ns a parameter: median, minimum; speed against {BASELINE}; bytes of state a parameter; GB/s if "
+            caption=f"ns per parameter: median, minimum; speed against {BASELINE}; state bytes per parameter; GB/s if "
             "one fused pass moved no more than it must; MB that a step takes and gives back",
             box=SIMPLE_HEAD,
         )

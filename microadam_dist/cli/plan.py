@@ -46,7 +46,7 @@ def plan(
         ),
     ] = Dtype.bf16,
     seq: Annotated[int, Option(min=1, help="Tokens in a sequence.")] = 2048,
-    batch: Annotated[int, Option(min=1, help="Sequences a rank and micro-batch.")] = 1,
+    batch: Annotated[int, Option(min=1, help="Sequences per rank and micro-batch.")] = 1,
     window_size: Annotated[int, Option(help="MicroAdam: sparse gradients kept.")] = DEFAULTS.window_size,
     density: Annotated[float, Option(help="MicroAdam: kept fraction of a gradient.")] = DEFAULTS.density,
     block_size: Annotated[int, Option(help="MicroAdam: elements in a Top-K block.")] = DEFAULTS.block_size,

@@ -42,7 +42,7 @@ from ..config import MicroAdamConfig
 from ..engines.collectives import process_rank
 from ..errors import ConfigError
 
-# Blocks are measured in pieces to bound the temporaries (about 60 bytes an element).
+# Blocks are measured in pieces to bound the temporaries (about 60 bytes per element).
 CHUNK_NUMEL = 1 << 17
 
 

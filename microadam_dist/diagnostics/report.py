@@ -24,7 +24,7 @@ class Panel(NamedTuple):
 
 
 PANELS = (
-    Panel("loss, nats a token", {"loss": "training", "eval_loss": "held-out"}),
+    Panel("loss, nats per token", {"loss": "training", "eval_loss": "held-out"}),
     Panel(
         "compression",
         {

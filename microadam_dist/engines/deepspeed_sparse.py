@@ -141,7 +141,7 @@ class SparseGather:
         """Takes the place of `all_gather_dp_groups` in the step.
 
         Args:
-            groups_flat: The model's weights, one flat tensor a group; every rank's share but its own is written.
+            groups_flat: The model's weights, one flat tensor per group; every rank's share but its own is written.
             partitioned_param_groups: Views of their shares, by rank.
             dp_process_group: The ranks of each group.
             settings: Passed on to the dense gather.

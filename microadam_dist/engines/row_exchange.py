@@ -1,12 +1,12 @@
 """After a step with sharded state under DDP: how the ranks get the weights of the rows that other ranks have stepped.
 
     touched   each rank sends the weights that changed, see `changes`: at most window_size x density of them
-    newest    the window of all rows is kept on every rank; each rank sends the Top-K of its rows, 4 bytes an entry, and
+    newest    the window of all rows is kept on every rank; each rank sends the Top-K of its rows, 4 bytes each, and
               every rank updates the other rows from the window, with the bits of the rank that has their gradient
 
-bytes a parameter sent per step, bf16 weights: dense 2, touched 0.17 with the default settings and 0.18 with the paper's
-(window 10, density 1 %), newest 0.04 with the paper's. ``newest`` costs the memory of the whole window (0.4 bytes a
-parameter) and the time to update all weights; it needs one, so a ``window_size`` above 1.
+Sent per parameter and step, bf16 weights: dense 2 bytes, touched 0.17 with the default settings and 0.18 with the
+paper's (window 10, density 1 %), newest 0.04 with the paper's. ``newest`` costs the memory of the whole window (0.4 bytes
+per parameter) and the time to update all weights; it needs one, so a ``window_size`` above 1.
 """
 
 from __future__ import annotations

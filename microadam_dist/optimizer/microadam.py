@@ -27,7 +27,7 @@ _PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class MicroAdam(Optimizer):
-    """Adam with 0.56 bytes of state a parameter.
+    """Adam with 0.56 bytes of state per parameter.
 
     Keeps a 4-bit error feedback and a window of the last sparse Top-K gradients, from which the moments are recomputed
     at every step. With the default window, 1, only the newest counts and none is stored. Vectors and small matrices

@@ -9,7 +9,7 @@ or fused norms; `tests/planner/test_activations.py` counts the tensors of real m
 Symbols: h hidden, q and k widths of the query and of the key projection, a query heads, i intermediate, V vocabulary,
 c bytes of an element in matrix products, r in the residual stream (4 with autocast, else c).
 
-    bytes a token   layer   2 norms             2 * ((4 + r) h + 4)   input in fp32, normalized, 1 / rms
+    bytes per token   layer   2 norms             2 * ((4 + r) h + 4)   input in fp32, normalized, 1 / rms
                             their outputs       2 c h                 inputs of q, k, v and of gate, up
                                                 5 c h                 with autocast: each product casts its own
                             attention           c (2 q + 2 k) + 4 a   queries, output, keys, values, log-sum-exp
