@@ -73,7 +73,7 @@ class MicroAdamConfig:
         )
         _check_int("bucket_size", self.bucket_size, "an even integer >= 2", lambda n: n >= 2 and n % 2 == 0)
         _check_int("ef_bits", self.ef_bits, f"one of {SUPPORTED_EF_BITS}", lambda n: n in SUPPORTED_EF_BITS)
-        _check_flag("packed_window", self.packed_window)
+        check_flag("packed_window", self.packed_window)
         if self.packed_window:
             self._check_packed_window()
 
@@ -180,7 +180,8 @@ def _check_float(name: str, value: float, expected: str, in_range: Callable[[flo
         raise ConfigError(f"{name}={value!r}: expected {expected}.")
 
 
-def _check_flag(name: str, value: bool) -> None:
+def check_flag(name: str, value: Any) -> None:
+    """Raise a ConfigError unless it is true or false."""
     if not isinstance(value, bool):
         raise ConfigError(f"{name}={value!r}: expected true or false.")
 

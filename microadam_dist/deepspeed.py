@@ -71,7 +71,8 @@ def load_checkpoint(engine: Any, folder: str | Path, tag: str | None = None) -> 
         optimizer.sharded.load_shards(states)
         for p, layout in layouts.items():
             resharder.weights(layout, p.detach().view(-1))
-        _load_group_settings(optimizer, checkpoint)
+        if len(checkpoint.param_groups) == len(optimizer.param_groups):  # otherwise their settings are the user's
+            optimizer.sharded.load_group_settings(checkpoint.param_groups)
     load_untrained(engine, checkpoint.untrained_tensors())
     publish_master_weights(engine)
     return str(checkpoint.folder), _load_counters(engine, checkpoint)
@@ -86,14 +87,6 @@ def _require_same_parameters(engine: Any, checkpoint: DeepSpeedCheckpoint) -> No
         raise CheckpointMismatchError(
             f"parameters {missing[:3]} (of {len(missing)}) are not in {checkpoint.folder}: it belongs to another model."
         )
-
-
-def _load_group_settings(optimizer: MicroAdam, checkpoint: DeepSpeedCheckpoint) -> None:
-    saved_groups = checkpoint.param_groups
-    if len(saved_groups) != len(optimizer.param_groups):
-        return  # other groups than before: their settings are the user's
-    for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
-        group.update({key: value for key, value in saved.items() if key not in ("params", "param_names")})
 
 
 def _load_counters(engine: Any, checkpoint: DeepSpeedCheckpoint) -> dict[str, Any]:

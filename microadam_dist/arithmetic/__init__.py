@@ -1,5 +1,4 @@
 """One MicroAdam step in torch, the definition every kernel is compared with, and the tensors it works on.
 
-`step` is the algorithm; `error_feedback` and `window` are how what it keeps is stored, `scalars` the numbers of one
-step, `state` the state tensors of a local tensor and `blocks` the views of them that the step gets.
+`step` is the algorithm, `error_feedback` and `window` are how what it keeps is stored, `blocks` the views it gets.
 """

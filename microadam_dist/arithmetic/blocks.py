@@ -28,11 +28,6 @@ class Blocks(NamedTuple):
     error: StoredError | None
     window: Window | None
 
-    @property
-    def numel(self) -> int:
-        """n."""
-        return self.param.shape[2]
-
     def copy_of(self, rows: Sequence[int], cols: Sequence[int]) -> Blocks:
         """Copies of the blocks (rows[i], cols[i]), as many rows of one block each."""
         row, col = (torch.tensor(places, device=self.param.device) for places in (rows, cols))

@@ -31,8 +31,7 @@ def decode_error(stored: StoredError, numel: int, *, bits: int, bucket_size: int
     Args:
         stored: Of B blocks, (B, x) each.
         numel: n.
-        bits: Of a code.
-        bucket_size: Elements of a bucket.
+        bits, bucket_size: Bits of a code, elements of a bucket.
 
     Returns:
         (B, n) fp32.
@@ -52,8 +51,7 @@ def encode_error(residual: Tensor, *, bits: int, bucket_size: int) -> StoredErro
 
     Args:
         residual: (B, n) fp32.
-        bits: Of a code.
-        bucket_size: Elements of a bucket.
+        bits, bucket_size: Bits of a code, elements of a bucket.
     """
     levels, numel = 2**bits - 1, residual.shape[1]
     # A shorter last bucket is filled up with its last element, which changes neither minimum nor maximum.

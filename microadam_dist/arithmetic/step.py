@@ -63,7 +63,7 @@ def stored_error(blocks: Blocks, config: MicroAdamConfig) -> Tensor | None:
     if blocks.error is None:
         return None
     stored = StoredError(*(part.flatten(0, 1) for part in blocks.error))
-    return decode_error(stored, blocks.numel, bits=config.ef_bits, bucket_size=config.bucket_size)
+    return decode_error(stored, blocks.param.shape[2], bits=config.ef_bits, bucket_size=config.bucket_size)
 
 
 def stored_slots(blocks: Blocks, slots: Sequence[int]) -> list[tuple[Tensor, Tensor]]:

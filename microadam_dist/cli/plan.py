@@ -64,14 +64,7 @@ def plan(
     plot_file: Annotated[Path | None, Option("--plot", metavar="FILE", help="Draw them (.png, .svg, .pdf).")] = None,
 ) -> None:
     """Show the memory a training run needs on each GPU, with MicroAdam, 8-bit AdamW and AdamW."""
-    config = MicroAdamConfig(
-        window_size=window_size,
-        density=density,
-        block_size=block_size,
-        bucket_size=bucket_size,
-        ef_bits=ef_bits,
-        packed_window=packed_window,
-    )
+    config = MicroAdamConfig.from_dict(locals())  # the options that are settings of MicroAdam
     job = Job(
         engine=engine,
         gpus=gpus,

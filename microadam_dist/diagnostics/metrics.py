@@ -135,7 +135,7 @@ class Meter:
         waiting: dict[_Alike, list[Blocks]] = {}
         for tensor, group in tensors:
             for blocks, num_kept in _sampled_blocks(tensor):
-                numel, device = blocks.numel, blocks.param.device
+                numel, device = blocks.param.shape[2], blocks.param.device
                 alike = _Alike(group, tensor.layout.config, tensor.step, num_kept, numel, device)
                 waiting.setdefault(alike, []).append(blocks)
                 if sum(part.param.numel() for part in waiting[alike]) >= CHUNK_NUMEL:

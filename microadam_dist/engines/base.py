@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 import torch.distributed as dist
 from torch import Tensor
 
-from ..config import MicroAdamConfig
-from ..errors import ConfigError, UnsupportedLayoutError
+from ..config import MicroAdamConfig, check_flag
+from ..errors import UnsupportedLayoutError
 from ..layout import WINDOW_TENSORS, ShardSpan, StateLayout
 from .dtensors import require_plain
 from .names import ParameterNames
@@ -194,8 +194,7 @@ class ExchangeSettings:
     weight_exchange: str = "touched"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.sparse_allgather, bool):
-            raise ConfigError(f"sparse_allgather={self.sparse_allgather!r}: expected true or false.")
+        check_flag("sparse_allgather", self.sparse_allgather)
 
     @property
     def shards_state(self) -> bool:

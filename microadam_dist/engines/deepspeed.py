@@ -11,6 +11,7 @@ import functools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -259,18 +260,14 @@ def load_untrained(engine: Any, tensors: Mapping[str, Tensor]) -> None:
     """Copy whole buffers and frozen parameters into the module; under ZeRO-3 into each rank's part."""
     import deepspeed
 
-    parameters, buffers = (
-        {plain_fqn(name): tensor for name, tensor in named}
-        for named in (engine.module.named_parameters(), engine.module.named_buffers())
-    )
+    named = chain(engine.module.named_parameters(), engine.module.named_buffers())
+    own = {plain_fqn(name): tensor for name, tensor in named}
     with torch.no_grad():
         for name, tensor in tensors.items():
-            if name in buffers:
-                buffers[name].copy_(tensor)
-            elif name in parameters:
-                param = parameters[name]
-                with deepspeed.zero.GatheredParameters([param], modifier_rank=0, enabled=hasattr(param, "ds_id")):
-                    param.copy_(tensor)
+            if name in own:
+                gathered = hasattr(own[name], "ds_id")
+                with deepspeed.zero.GatheredParameters([own[name]], modifier_rank=0, enabled=gathered):
+                    own[name].copy_(tensor)
 
 
 def _index_of(tensor: Tensor, tensors: Sequence[Tensor]) -> int:

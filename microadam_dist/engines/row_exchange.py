@@ -5,8 +5,8 @@
               every rank updates the other rows from the window, with the bits of the rank that has their gradient
 
 Sent per parameter and step, bf16 weights: dense 2 bytes, touched 0.17 with the default settings and 0.18 with the
-paper's (window 10, density 1 %), newest 0.04 with the paper's. ``newest`` costs the memory of the whole window (0.4 bytes
-per parameter) and the time to update all weights; it needs one, so a ``window_size`` above 1.
+paper's (window 10, density 1 %), newest 0.04 with the paper's. ``newest`` costs the memory of the whole window (0.4
+bytes per parameter) and the time to update all weights; it needs one, so a ``window_size`` above 1.
 """
 
 from __future__ import annotations

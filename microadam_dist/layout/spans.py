@@ -11,16 +11,15 @@ from ..errors import UnsupportedLayoutError
 MIN_SPARSE_ROW_NUMEL = 64
 MIN_SPARSE_NUMEL = 4096
 
-# What wrappers add to the names of a model's parameters: compiling, activation checkpointing, FSDP1; and DDP in front.
+# What wrappers add to the names of a model's parameters: compiling, activation checkpointing, FSDP1.
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
-_WRAPPER_OF_ALL = "module."
 
 
 def plain_fqn(fqn: str) -> str:
     """The name of a parameter in the model itself, whatever is wrapped around the model or its modules."""
     for wrapper in _WRAPPERS:
         fqn = fqn.replace(wrapper, "")
-    return fqn.removeprefix(_WRAPPER_OF_ALL)
+    return fqn.removeprefix("module.")  # DDP
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from ..backends.base import CapturableBackend, DeviceInputs, TensorStep
 from ..backends.select import select_backend
-from ..config import SETTING_NAMES, MicroAdamConfig, reject_unknown_settings
+from ..config import SETTING_NAMES, MicroAdamConfig, check_flag, reject_unknown_settings
 from ..diagnostics.metrics import Meter
 from ..engines.base import ExchangedBytes, ExchangeSettings, Replayed, Rows, ShardState
 from ..engines.collectives import any_rank
@@ -91,8 +91,7 @@ class MicroAdam(Optimizer):
         reject_unknown_settings(unknown)
         defaults = {name: arguments[name] for name in SETTING_NAMES}
         defaults = _with_numbers(defaults, MicroAdamConfig.from_dict(defaults))
-        if not isinstance(capturable, bool):
-            raise ConfigError(f"capturable={capturable!r}: expected true or false.")
+        check_flag("capturable", capturable)
         exchange_settings = ExchangeSettings(sparse_allgather, shard_state, weight_exchange)
         if capturable and backend not in ("auto", "cuda"):
             raise ConfigError(f'capturable=True with backend={backend!r}: only backend="cuda" can be captured.')

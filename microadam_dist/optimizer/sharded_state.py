@@ -232,7 +232,7 @@ class ShardedState:
         layouts = {**self._layouts, **self._find_layouts(loaded)}
         if any(self._is_elsewhere(p, state) for p, state in loaded.items()):
             self._require_loaded_apart(loaded)
-            self._load_group_settings(groups)
+            self.load_group_settings(groups)
             return False
         # Tools that pass on "state" and "param_groups" only drop this entry.
         saved_layouts = read_layouts(state_dict[LAYOUT_KEY]) if LAYOUT_KEY in state_dict else {}
@@ -249,14 +249,15 @@ class ShardedState:
 
         # The base class would cast every tensor to the parameter's dtype, which turns codes and indices into rubbish.
         copies = {p: self._copy_state(p, layouts[p], state) for p, state in loaded.items()}
-        self._load_group_settings(groups)
+        self.load_group_settings(groups)
         self._state.clear()
         self._layouts = {}
         for p, state in copies.items():
             self._set_state(p, layouts[p], state)
         return True
 
-    def _load_group_settings(self, groups: Sequence[Mapping[str, Any]]) -> None:
+    def load_group_settings(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Take over what saved param groups say beside their parameters."""
         for group, saved in zip(self._owner.param_groups, copy.deepcopy(groups), strict=True):
             group.update({key: value for key, value in saved.items() if key not in ("params", "param_names")})
 
