@@ -6,17 +6,18 @@ the classes on its list; `register` does the former, and the class adds itself t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .checkpoint.deepspeed import DeepSpeedCheckpoint, read_checkpoint
 from .checkpoint.reshard import Resharder
 from .engines.collectives import raise_together
-from .engines.deepspeed import filled_param_groups, load_untrained, publish_master_weights, whitelist
+from .engines.deepspeed import filled_param_groups, load_untrained, module_tensors, publish_master_weights, whitelist
 from .errors import CheckpointMismatchError
-from .layout import plain_fqn
 from .optimizer import MicroAdam
 
 
@@ -64,8 +65,8 @@ def load_checkpoint(engine: Any, folder: str | Path, tag: str | None = None) -> 
     with filled_param_groups(engine):
         with raise_together():
             checkpoint = read_checkpoint(folder, tag)
-            resharder = Resharder(shard for shards in checkpoint.shards for shard in shards)
-            _require_same_parameters(engine, checkpoint)
+            resharder = Resharder(checkpoint.sources())
+            _require_same_tensors(module_tensors(engine), resharder.shapes, checkpoint.folder)
             layouts = optimizer.sharded.layouts()
             states = {p: resharder.state(layout) for p, layout in layouts.items()}
         optimizer.sharded.load_shards(states)
@@ -73,19 +74,23 @@ def load_checkpoint(engine: Any, folder: str | Path, tag: str | None = None) -> 
             resharder.weights(layout, p.detach().view(-1))
         if len(checkpoint.param_groups) == len(optimizer.param_groups):  # otherwise their settings are the user's
             optimizer.sharded.load_group_settings(checkpoint.param_groups)
-    load_untrained(engine, checkpoint.untrained_tensors())
+    trained = {named.fqn for group in optimizer.names.sharded or () for named in group}
+    load_untrained(engine, ((name, resharder.whole(name)) for name in resharder.shapes if name not in trained))
     publish_master_weights(engine)
     return str(checkpoint.folder), _load_counters(engine, checkpoint)
 
 
-def _require_same_parameters(engine: Any, checkpoint: DeepSpeedCheckpoint) -> None:
-    """Every tensor of the module must be in the checkpoint, trained or not."""
-    trained = {span.fqn for shards in checkpoint.shards for shard in shards for span in shard.layout.spans}
-    there = trained | set(checkpoint.untrained_tensors())
-    missing = [name for name, _ in engine.module.named_parameters() if plain_fqn(name) not in there]
-    if missing:
+def _require_same_tensors(own: Mapping[str, Tensor], saved: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+    """The module and the checkpoint must have the same tensors, trained or frozen, in either."""
+    shapes = {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in own.items()}
+    there = {id(tensor) for name, tensor in own.items() if name in saved}  # tied ones may be saved under one name
+    differing = [name for name in saved if shapes.get(name) != saved[name]]
+    differing += [name for name, tensor in own.items() if id(tensor) not in there]
+    if differing:
+        name = differing[0]
         raise CheckpointMismatchError(
-            f"parameters {missing[:3]} (of {len(missing)}) are not in {checkpoint.folder}: it belongs to another model."
+            f"{len(differing)} tensors differ, such as {name!r}: {shapes.get(name, 'not there')} in the model, "
+            f"{saved.get(name, 'not there')} in {folder}. It belongs to another model."
         )
 
 

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from ..arithmetic.state import flatten_state
+from ..config import MicroAdamConfig
 from ..errors import CheckpointMismatchError
-from ..layout import StateLayout, plain_fqn
+from ..layout import ShardSpan, StateLayout, plain_fqn
 from .format import LAYOUT_KEY, read_layouts
 from .reshard import SourceShard
 
@@ -69,6 +70,19 @@ class DeepSpeedCheckpoint:
             fragments = [states["frozen_param_fragments"][name].flatten() for states in self.model_states]
             found[plain_fqn(name)] = torch.cat(fragments)[: shape.numel()].view(shape)
         return found
+
+    def sources(self) -> list[SourceShard]:
+        """Everything that was saved: all shards; what was not trained as whole parameters that were never stepped."""
+        untrained = [
+            SourceShard(
+                StateLayout((ShardSpan.whole(name, tuple(tensor.shape)),), MicroAdamConfig()),
+                None,
+                tensor.flatten(),
+                str(self.folder),
+            )
+            for name, tensor in self.untrained_tensors().items()
+        ]
+        return [*untrained, *(shard for shards in self.shards for shard in shards)]
 
     @property
     def loss_scaler(self) -> Any:

@@ -81,6 +81,19 @@ class Resharder:
         for pieces in self._pieces.values():
             pieces.sort(key=lambda piece: piece.start)
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all parameters, by name."""
+        return {fqn: pieces[0].span.global_shape for fqn, pieces in self._pieces.items()}
+
+    def whole(self, fqn: str) -> Tensor:
+        """All of a parameter, in the dtype in which it was saved."""
+        first = self._pieces[fqn][0]
+        span = ShardSpan.whole(fqn, first.span.global_shape)
+        out = first.shard.weights.new_empty(span.numel)
+        self.weights(StateLayout((span,), first.shard.layout.config), out)
+        return out.view(span.global_shape)
+
     def weights(self, layout: StateLayout, out: Tensor) -> None:
         """Fill the spans of the local tensor ``out`` (flat); the elements between them stay as they are."""
         for span in layout.spans:

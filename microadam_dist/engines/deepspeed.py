@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -256,18 +256,28 @@ def publish_master_weights(engine: Any) -> None:
                 param.data.copy_(master.data)
 
 
-def load_untrained(engine: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Copy whole buffers and frozen parameters into the module; under ZeRO-3 into each rank's part."""
+def module_tensors(engine: Any) -> dict[str, Tensor]:
+    """The module's parameters and those of its buffers that are saved, by the names that spans have.
+
+    Tied parameters are there under each of their names.
+    """
+    saved = {plain_fqn(name) for name in engine.module.state_dict()}
+    named = chain(
+        engine.module.named_parameters(remove_duplicate=False), engine.module.named_buffers(remove_duplicate=False)
+    )
+    return {plain: tensor for name, tensor in named if (plain := plain_fqn(name)) in saved}
+
+
+def load_untrained(engine: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Copy whole tensors into those of the module; under ZeRO-3 into each rank's part. Call it on every rank."""
     import deepspeed
 
-    named = chain(engine.module.named_parameters(), engine.module.named_buffers())
-    own = {plain_fqn(name): tensor for name, tensor in named}
+    own = module_tensors(engine)
     with torch.no_grad():
-        for name, tensor in tensors.items():
-            if name in own:
-                gathered = hasattr(own[name], "ds_id")
-                with deepspeed.zero.GatheredParameters([own[name]], modifier_rank=0, enabled=gathered):
-                    own[name].copy_(tensor)
+        for name, tensor in tensors:
+            gathered = hasattr(own[name], "ds_id")
+            with deepspeed.zero.GatheredParameters([own[name]], modifier_rank=0, enabled=gathered):
+                own[name].copy_(tensor)
 
 
 def _index_of(tensor: Tensor, tensors: Sequence[Tensor]) -> int:
