@@ -28,6 +28,7 @@ from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.deepspeed
 STAGES = (0, 1, 2, 3)
+SAVED_STAGES = (0, 2, 3)  # 1 and 2 write the same
 FROZEN = ("up", "bias", "norm")  # two on the Top-K path and one on the dense path
 GRADIENTS = make_gradients(6)
 WITHOUT_FROZEN = [{name: g for name, g in grads.items() if name not in FROZEN} for grads in GRADIENTS]
@@ -97,7 +98,7 @@ def test_what_was_frozen_in_the_first_step_trains_later(
 
 def _save(rank: int, world_size: int, folder: str) -> list[dict[str, Tensor]]:
     saved = []
-    for stage in STAGES:
+    for stage in SAVED_STAGES:
         for frozen in (False, True):
             engine = _engine(stage, frozen=frozen)
             train(engine, (WITHOUT_FROZEN if frozen else GRADIENTS)[:3])
@@ -110,7 +111,7 @@ def _save(rank: int, world_size: int, folder: str) -> list[dict[str, Tensor]]:
 def _load(rank: int, world_size: int, folder: str) -> list[list[dict[str, Tensor]]]:
     """Every checkpoint into a model in which other parameters are frozen: the weights, then and a step later."""
     results = []
-    for stage in STAGES:
+    for stage in SAVED_STAGES:
         for was_frozen in (False, True):
             engine = _engine((stage + 1) % 4 if world_size == 1 else stage, frozen=not was_frozen, shift=1.0)
             microadam_dist.deepspeed.load_checkpoint(engine, os.path.join(folder, f"{stage}-{was_frozen}"))
