@@ -31,12 +31,12 @@ class CheckedState:
     Args:
         p: The parameter; they are recognised on this device only.
         state: Its state.
-        names: Two or more keys of it; what has other keys is not looked at.
+        names: Keys of it beside ``step``; what has other keys is not looked at.
     """
 
     def __init__(self, p: Tensor, state: Mapping[str, Tensor], names: Sequence[str]) -> None:
         self._device = p.device
-        self._select = operator.itemgetter(*names)
+        self._select = operator.itemgetter("step", "step", *names)  # twice: one key alone would not give a tuple
         tensors = self._select(state)
         self._ids = ids = list(map(id, tensors))
         self._alive = [weakref.ref(tensor, lambda _: ids.clear()) for tensor in tensors]

@@ -380,7 +380,7 @@ class ShardedState:
     def _keep(self, p: Tensor, layout: StateLayout) -> None:
         """The state of ``p`` is what ``layout`` says, and stays so until one of its tensors is replaced."""
         self._layouts[p] = layout
-        self._checked[p] = CheckedState(p, self._state[p], ("step", *layout.tensors))
+        self._checked[p] = CheckedState(p, self._state[p], tuple(layout.tensors))
         if self._exchange is not None:
             self._exchange.forget(p)
 
