@@ -127,6 +127,10 @@ OPTIMIZER_SETTING_NAMES = tuple("backend sparse_allgather shard_state weight_exc
 STRUCTURAL_SETTINGS = ("window_size", "density", "block_size", "bucket_size", "ef_bits", "packed_window")
 
 
+# Settings that state dicts of older versions lack, and what they mean there.
+LATER_SETTINGS = {"packed_window": False}
+
+
 def structural_difference(settings: Mapping[str, Any], others: Mapping[str, Any]) -> str | None:
     """The first structural setting in which two param groups, or what `MicroAdamConfig.structural` gives, differ."""
     return next((name for name in STRUCTURAL_SETTINGS if settings[name] != others[name]), None)

@@ -18,4 +18,4 @@ class BackendUnavailableError(MicroAdamError, RuntimeError):
 
 
 class CheckpointMismatchError(MicroAdamError, RuntimeError):
-    """A checkpoint does not fit the optimizer it is loaded into. The optimizer is left as it was."""
+    """A checkpoint, or state put into the optimizer, does not fit it. The optimizer is left as it was."""

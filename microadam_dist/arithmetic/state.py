@@ -7,9 +7,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..layout import StateLayout
+from ..layout import DENSE_TENSORS, SPARSE_DTYPES, StateLayout
 from .blocks import window_views
 from .window import decode_indices
+
+# Every key that MicroAdam has in the state of a parameter; wrappers of optimizers (Lookahead, ...) add others.
+OWN_NAMES = frozenset(("step", *SPARSE_DTYPES, *DENSE_TENSORS))
 
 _TORCH_DTYPES = {"uint8": torch.uint8, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -27,8 +30,9 @@ def allocate_state(layout: StateLayout, device: torch.device) -> dict[str, Tenso
 
 
 def shape_state(layout: StateLayout, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Flat state tensors in the shapes in which they are kept and saved; views. ``step`` stays as it is."""
-    return {name: tensor if name == "step" else tensor.view(layout.shapes[name]) for name, tensor in state.items()}
+    """Flat state tensors in the shapes in which they are kept and saved; views. Everything else stays as it is."""
+    shapes = layout.shapes
+    return {name: tensor.view(shapes[name]) if name in shapes else tensor for name, tensor in state.items()}
 
 
 def flatten_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

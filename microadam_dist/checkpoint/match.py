@@ -1,15 +1,19 @@
-"""Whether a state dict fits an optimizer, asked before anything is changed. Every answer but yes is an error."""
+"""Whether a state dict, or state that others put there, fits an optimizer; asked before anything is changed.
+
+Every answer but yes is an error.
+"""
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..arithmetic.state import indices_are_valid, state_specs
-from ..config import SETTING_NAMES, MicroAdamConfig, structural_difference
+from ..arithmetic.state import OWN_NAMES, indices_are_valid, state_specs
+from ..config import LATER_SETTINGS, SETTING_NAMES, MicroAdamConfig, structural_difference
 from ..errors import CheckpointMismatchError, ConfigError
 from ..layout import WINDOW_TENSORS, StateLayout
 
@@ -52,7 +56,8 @@ def match_groups(saved_groups: Groups, groups: Groups) -> None:
             f"the checkpoint has param groups of {saved_sizes} parameters, this optimizer of {sizes}. Build the "
             "optimizer with the same groups as when the checkpoint was written."
         )
-    for index, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
+    for index, (written, group) in enumerate(zip(saved_groups, groups, strict=True)):
+        saved = {**LATER_SETTINGS, **written}
         if missing := [name for name in SETTING_NAMES if name not in saved]:
             raise CheckpointMismatchError(
                 f"param group {index} of the checkpoint has no {missing[0]!r}: it was not written by MicroAdam."
@@ -88,17 +93,17 @@ def match_spans(saved: StateLayout, layout: StateLayout, name: str) -> None:
 
 
 def match_names(state: Any, layout: StateLayout, name: str) -> None:
-    """One parameter's state must have exactly the tensors of its layout.
+    """One parameter's state must have the tensors of its layout, and none of another one; keys of others may be there.
 
     Raises:
         CheckpointMismatchError: Names what is there and what is expected.
     """
     expected = {"step", *layout.tensors}
-    if not isinstance(state, Mapping) or set(state) != expected:
-        found = sorted(state) if isinstance(state, Mapping) else [repr(state)]
+    if not isinstance(state, Mapping) or OWN_NAMES.intersection(state) != expected:
+        found = sorted(map(str, state)) if isinstance(state, Mapping) else _describe(state)
         raise CheckpointMismatchError(
-            f"the checkpoint's state of parameter {name} has {found}, expected {sorted(expected)}. "
-            "It was written by another optimizer or for a parameter of another shape."
+            f"the state of parameter {name} has {found}, expected {sorted(expected)}. It was made by another optimizer "
+            "or for a parameter of another shape; load a state dict of MicroAdam, or start without its state."
         )
 
 
@@ -108,18 +113,54 @@ def match_tensors(state: Mapping[str, Any], layout: StateLayout, name: str) -> N
     Raises:
         CheckpointMismatchError: Names the tensor, what it is and what is expected.
     """
-    specs = {key: (dtype, layout.shapes[key]) for key, (dtype, _) in state_specs(layout).items()}
-    for key, (dtype, shape) in {"step": (torch.int64, ()), **specs}.items():
-        got = state[key]
+    read_step(state["step"], name)
+    for key, (dtype, _) in state_specs(layout).items():
+        got, shape = state[key], layout.shapes[key]
         if not isinstance(got, Tensor) or got.is_meta or got.dtype != dtype or got.shape != shape:
-            found = f"{got.dtype} {tuple(got.shape)} on {got.device}" if isinstance(got, Tensor) else repr(got)
             raise CheckpointMismatchError(
-                f"the checkpoint's {key!r} of parameter {name} is {found}, expected {dtype} {shape}. "
-                "It was written for another model, sharding or settings; resume with the same ones."
+                f"{key!r} of parameter {name} is {_describe(got)}, expected {dtype} {shape}. It was made for another "
+                "model, sharding or settings, or converted: resume with the same ones, from a state dict as saved."
             )
-    if int(state["step"]) < 0:
-        raise CheckpointMismatchError(f"the checkpoint's step of parameter {name} is {int(state['step'])}: damaged.")
     if layout.has_window and "indices" in layout.tensors:
         window = {key: state[key].contiguous() for key in WINDOW_TENSORS if key in layout.tensors}
         if not indices_are_valid(layout, window):
-            raise CheckpointMismatchError(f"the checkpoint's window of parameter {name} points outside its blocks.")
+            raise CheckpointMismatchError(
+                f"'indices' of parameter {name} point outside their blocks: damaged. Load another checkpoint."
+            )
+
+
+def match_memory(state: Mapping[str, Any], layout: StateLayout, device: torch.device, name: str) -> None:
+    """Tensors that `match_tensors` has accepted must lie where a kernel may write to them through their addresses.
+
+    Raises:
+        CheckpointMismatchError: Names the tensor that is on another device, not contiguous or without memory.
+    """
+    for key in layout.tensors:
+        got = state[key]
+        if got.device != device or not got.is_contiguous() or (got.numel() and not got.data_ptr()):
+            raise CheckpointMismatchError(
+                f"{key!r} of parameter {name} is on {got.device} with strides {got.stride()}, expected contiguous "
+                f"memory on {device}: put tensor.to(device).contiguous() there, or use load_state_dict, which does so."
+            )
+
+
+def read_step(step: Any, name: str) -> int:
+    """The number of steps that a parameter's ``step`` says: an integer, or a float that cannot have been rounded.
+
+    Raises:
+        CheckpointMismatchError: It is no such number.
+    """
+    value = step.item() if isinstance(step, Tensor) and step.ndim == 0 and not step.is_meta else step
+    limit = 2.0**63
+    if type(value) is float:  # larger ones may stand for several integers
+        limit = 2 / torch.finfo(step.dtype if isinstance(step, Tensor) else torch.float64).eps
+    if type(value) not in (int, float) or not 0 <= value < limit or value != int(value):
+        raise CheckpointMismatchError(
+            f"'step' of parameter {name} is {_describe(value)}, expected the number of its steps as an integer: "
+            "damaged, or converted. Load a state dict as it was saved."
+        )
+    return int(value)
+
+
+def _describe(found: Any) -> str:
+    return f"{found.dtype} {tuple(found.shape)} on {found.device}" if isinstance(found, Tensor) else reprlib.repr(found)

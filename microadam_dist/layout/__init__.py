@@ -29,6 +29,9 @@ from .state import (
     MIN_SAMPLED_BLOCKS as MIN_SAMPLED_BLOCKS,
 )
 from .state import (
+    SPARSE_DTYPES as SPARSE_DTYPES,
+)
+from .state import (
     WINDOW_TENSORS as WINDOW_TENSORS,
 )
 from .state import (

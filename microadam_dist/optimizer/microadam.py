@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
@@ -21,9 +22,7 @@ from ..engines.find import introduce
 from ..engines.row_exchange import make_exchange
 from ..errors import ConfigError, MicroAdamError
 from .nonfinite import NonfiniteCounter
-from .sharded_state import ShardedState, StateBytes
-
-_PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from .sharded_state import PARAM_DTYPES, ShardedState, StateBytes
 
 
 class MicroAdam(Optimizer):
@@ -61,8 +60,6 @@ class MicroAdam(Optimizer):
     Source: MicroAdam, arXiv:2405.15593.
     """
 
-    # GradScaler hands over its scale and overflow flag instead of rewriting the gradients.
-    _step_supports_amp_scaling = True
     _is_constructed = False  # torch's constructor adds the first groups
 
     def __init__(
@@ -101,6 +98,9 @@ class MicroAdam(Optimizer):
             raise ConfigError("capturable=True with metrics_every: what is measured is read on the host.")
         super().__init__(params, defaults)
         self.capturable = capturable
+        # True: GradScaler hands over its scale and overflow flag. False: it rewrites the gradients and skips the step
+        # itself; then they can be clipped, and all ranks agree on an overflow.
+        self._step_supports_amp_scaling = capturable
         self.exchange_settings = exchange_settings
         self.exchanged_bytes = ExchangedBytes()
         self._backend = select_backend("cuda" if capturable else backend)
@@ -143,7 +143,7 @@ class MicroAdam(Optimizer):
         first = sum(map(len, self.names.groups))
         names = group.get("param_names") or [str(first + i) for i in range(len(params))]
         for name, param in zip(names, params, strict=True):
-            if param.dtype not in _PARAM_DTYPES:
+            if param.dtype not in PARAM_DTYPES:
                 raise ConfigError(f"parameter {name!r} is {param.dtype}; MicroAdam trains fp32, bf16, fp16.")
             self._backend.check(config, param.device)
         if self._exchange is not None:
@@ -184,6 +184,9 @@ class MicroAdam(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient; the gradients are read, never overwritten.
 
+        The state in ``optimizer.state`` is checked whenever a tensor there has been replaced. `torch.amp.GradScaler`
+        divides the gradients in place before it calls this; with ``capturable`` its factor is applied here.
+
         The very first call with nothing but zero gradients only allocates the state: DeepSpeed (stage 0) and
         `torch.distributed.checkpoint` make such a call to see the state, and it must not count as a step.
 
@@ -192,27 +195,25 @@ class MicroAdam(Optimizer):
 
         Raises:
             UnsupportedLayoutError: A parameter is sharded in a way that is not supported. Nothing has been changed.
-            ConfigError: A setting was changed to an invalid one. Nothing has been changed.
+            ConfigError: A setting was changed to an invalid one, or a dtype. Nothing has been changed.
+            CheckpointMismatchError: State does not fit its parameter. Nothing has been changed.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
 
-        found_inf: Tensor | None = getattr(self, "found_inf", None)  # both are set by GradScaler for this call only
-        loss_scale: Tensor | None = getattr(self, "grad_scale", None)
-        if not self.capturable and found_inf is not None and float(found_inf):  # a plain 0 when there is no gradient
-            return loss
         groups = [
             (self._config(group), [p for p in group["params"] if p.grad is not None]) for group in self.param_groups
         ]
         if self._prepare(groups) and self._is_probe([p for _, members in groups for p in members]):
             return loss
 
-        grad_scale = 1.0 if loss_scale is None or self.capturable else 1.0 / float(loss_scale)
+        # Both are set by GradScaler for this call only.
+        from_scaler = (getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         skipped = []
         for group, (config, members) in zip(self.param_groups, groups, strict=True):
-            inputs = _device_inputs(group, loss_scale, found_inf) if self.capturable else grad_scale
+            inputs = _device_inputs(group, *from_scaler) if self.capturable else 1.0
             skipped.append(self._step_group(members, config, inputs))
         self._nonfinite.add(skipped)
         if self._meter is not None:
@@ -305,7 +306,7 @@ class MicroAdam(Optimizer):
             self.sharded.require_unchanged(members, config, new)
         for p, layout in new.items():
             self._backend.check(layout.config, p.device)
-        self.sharded.allocate(new)
+        self.sharded.accept(new)
         return was_empty
 
     def _is_probe(self, tensors: Sequence[Tensor]) -> bool:
@@ -323,11 +324,17 @@ class MicroAdam(Optimizer):
 
     def state_dict(self) -> StateDict:
         """The state as torch's optimizers give it, and what it describes; see `ShardedState.describe`."""
-        state_dict = super().state_dict()
+        hooks, self._optimizer_state_dict_post_hooks = self._optimizer_state_dict_post_hooks, OrderedDict()
+        try:
+            state_dict = super().state_dict()
+        finally:
+            self._optimizer_state_dict_post_hooks = hooks
         self.sharded.describe(state_dict)
+        for post_hook in hooks.values():  # last, as torch runs them: what they return may be anything
+            replaced = post_hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
         return state_dict
 
-    @torch.no_grad()
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load a state dict bit for bit; state belongs to parameters by position, whatever their keys.
 
@@ -338,9 +345,9 @@ class MicroAdam(Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
-        if self.sharded.load(state_dict):
-            for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-                post_hook(self)
+        self.sharded.load(state_dict)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
 
     @property
     def is_saved_apart(self) -> bool:

@@ -13,9 +13,17 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, StateDict
 
-from ..arithmetic.state import allocate_state, flatten_state, shape_state
+from ..arithmetic.state import OWN_NAMES, allocate_state, flatten_state, shape_state
 from ..checkpoint.format import APART, APART_KEY, LAYOUT_KEY, describe_layouts, read_layouts
-from ..checkpoint.match import match_groups, match_names, match_spans, match_tensors, state_dict_parts
+from ..checkpoint.match import (
+    match_groups,
+    match_memory,
+    match_names,
+    match_spans,
+    match_tensors,
+    read_step,
+    state_dict_parts,
+)
 from ..config import MicroAdamConfig, structural_difference
 from ..engines.base import Place, Shard, WeightExchange
 from ..engines.collectives import process_rank
@@ -23,6 +31,9 @@ from ..engines.find import find_shard
 from ..engines.names import ParameterNames
 from ..errors import CheckpointMismatchError, ConfigError, UnsupportedLayoutError
 from ..layout import DENSE_TENSORS, StateLayout
+from .checked import CheckedState, is_others, is_ours
+
+PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class StateBytes(NamedTuple):
@@ -60,9 +71,10 @@ class ShardedState:
     def bind(self, optimizer: Optimizer) -> None:
         """Whose state it is; weakly, so that its memory is free as soon as the optimizer is dropped."""
         self._optimizer = weakref.ref(optimizer)
+        self._checked: dict[Tensor, CheckedState] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_optimizer"}
+        return {name: value for name, value in vars(self).items() if name not in ("_optimizer", "_checked")}
 
     @property
     def _owner(self) -> Optimizer:
@@ -90,7 +102,7 @@ class ShardedState:
         """See `MicroAdam.state_bytes`."""
         totals = [0, 0, 0, 0]
         for tensor, layout in self._layouts.items():
-            if not self._state.get(tensor):
+            if not self._has_state(tensor):
                 continue
             local = self.local(tensor)
             nbytes = {name: local[name].nbytes for name in layout.tensors}
@@ -106,14 +118,30 @@ class ShardedState:
     @property
     def is_empty(self) -> bool:
         """Whether no parameter has state; it may have been cleared."""
-        return not any(self._state.get(p) for p in self._layouts)
+        return not any(is_ours(state) for state in self._state.values())
 
     def find_new(self, tensors: Iterable[Tensor]) -> dict[Tensor, StateLayout]:
-        """Layouts for those of the tensors that have no state."""
-        without_state = [p for p in tensors if not self._state.get(p)]
-        for p in without_state:
-            self._layouts.pop(p, None)
-        return self._find_layouts(without_state)
+        """Layouts for those of the tensors that have no state, or other state tensors than when they were checked.
+
+        Raises:
+            CheckpointMismatchError: State that others have put there does not fit. Nothing has been changed.
+        """
+        states, checked = self._state, self._checked
+        new = [
+            p
+            for p in tensors
+            if not (state := states.get(p)) or (known := checked.get(p)) is None or not known.is_in(p, state)
+        ]
+        for p in new:
+            if not self._has_state(p):
+                self._layouts.pop(p, None)
+        found = self._find_layouts(new)
+        layouts = {p: found.get(p) or self._layouts[p] for p in new}
+        for p, layout in layouts.items():
+            if self._has_state(p):
+                local = self._match(p, layout, self._state[p])
+                match_memory(local, layout, p.device, self._title(p))
+        return layouts
 
     def require_unchanged(
         self, members: Sequence[Tensor], config: MicroAdamConfig, new: Mapping[Tensor, StateLayout]
@@ -122,6 +150,7 @@ class ShardedState:
 
         Raises:
             ConfigError: A structural setting has changed.
+            ConfigError: The parameter has been converted to a dtype that is not supported.
             UnsupportedLayoutError: A shape has changed, or a gradient cannot be used.
         """
         checked = None
@@ -134,18 +163,28 @@ class ShardedState:
                     "optimizer."
                 )
             checked = made_for
-            if shard.param.shape != shard.local_shape:
+            param = shard.param
+            if param.dtype not in PARAM_DTYPES:
+                raise ConfigError(
+                    f"parameter {shard.name!r} is {param.dtype} now, MicroAdam trains fp32, bf16, fp16: convert it."
+                )
+            if param.shape != shard.local_shape:
                 raise UnsupportedLayoutError(
-                    f"parameter {shard.name!r} has shape {tuple(shard.param.shape)} now, its state was made for "
+                    f"parameter {shard.name!r} has shape {tuple(param.shape)} now, its state was made for "
                     f"{shard.local_shape}. Construct a new optimizer after changing a parameter's shape."
                 )
             _ = shard.grad  # raises if it cannot be used
 
-    def allocate(self, layouts: Mapping[Tensor, StateLayout]) -> None:
-        """Zero state for tensors that have none."""
+    def accept(self, layouts: Mapping[Tensor, StateLayout]) -> None:
+        """Zero state for tensors that `find_new` has found to have none; the state that others have put there stays."""
         for p, layout in layouts.items():
-            step = torch.zeros((), dtype=torch.int64, device=self._step_device(p))
-            self._set_state(p, layout, {"step": step, **allocate_state(layout, p.device)})
+            if self._has_state(p):
+                step = self._state[p]["step"]
+                if type(step) is not Tensor or (step.dtype, step.device) != (torch.int64, self._step_device(p)):
+                    self._state[p]["step"] = self._step_tensor(p, read_step(step, self._title(p)))
+                self._keep(p, layout)
+            else:
+                self._set_state(p, layout, {"step": self._step_tensor(p, 0), **allocate_state(layout, p.device)})
 
     def shard(self, p: Tensor) -> Shard:
         """How the data of a tensor that has a layout is reached."""
@@ -181,8 +220,9 @@ class ShardedState:
 
     def flat_state(self, p: Tensor) -> dict[str, Tensor] | None:
         """This rank's state of a tensor as `layouts` lays it out, and ``step``; None when it has none."""
-        if not self._state.get(p):
+        if not self._has_state(p):
             return None
+        self.accept(self.find_new([p]))
         local = self.local(p)
         return flatten_state({name: local[name] for name in ("step", *self._layouts[p].tensors)})
 
@@ -207,19 +247,20 @@ class ShardedState:
         Under FSDP1 there is a note in the place of the state, see `sharded_files`.
         """
         layouts = {}
-        for index, p in enumerate(self._tensors):
-            if not self._state.get(p):
-                continue
+        with_state = {index: p for index, p in enumerate(self._tensors) if self._has_state(p)}
+        found = self._find_layouts(with_state.values())
+        for index, p in with_state.items():
             if not self._shards[p].is_saved_apart:
-                layouts[index] = self._saved_layout(p, self._layouts[p])
+                layouts[index] = self._saved_layout(p, found.get(p) or self._layouts[p])
             elif p.numel():
                 state_dict["state"][index] = {"step": self._state[p]["step"], APART_KEY: APART}
             else:  # the ranks that hold a part of it know the step
                 del state_dict["state"][index]
         state_dict[LAYOUT_KEY] = describe_layouts(layouts, *process_rank())
 
-    def load(self, state_dict: StateDict) -> bool:
-        """Load a state dict bit for bit; returns whether it held state of this rank, and not only a note where it is.
+    @torch.no_grad()
+    def load(self, state_dict: StateDict) -> None:
+        """Load a state dict bit for bit; of one with only a note where the state is, the settings of the groups.
 
         Raises:
             CheckpointMismatchError: The state does not fit. Nothing has been changed.
@@ -233,19 +274,17 @@ class ShardedState:
         if any(self._is_elsewhere(p, state) for p, state in loaded.items()):
             self._require_loaded_apart(loaded)
             self.load_group_settings(groups)
-            return False
+            return
         # Tools that pass on "state" and "param_groups" only drop this entry.
         saved_layouts = read_layouts(state_dict[LAYOUT_KEY]) if LAYOUT_KEY in state_dict else {}
         for index, p in enumerate(tensors):
             if p not in loaded:
                 continue
-            name = f"{self._shards[p].name} of shape {tuple(p.shape)}"
             if index in saved_layouts:
-                match_spans(saved_layouts[index], self._saved_layout(p, layouts[p]), name)
-            match_names(loaded[p], layouts[p], name)
-            unwrap = self._shards[p].unwrap
-            local = {key: unwrap(x) if isinstance(x, Tensor) else x for key, x in loaded[p].items()}
-            match_tensors(local, layouts[p], name)
+                match_spans(saved_layouts[index], self._saved_layout(p, layouts[p]), self._title(p))
+            elif is_others(loaded[p]):
+                continue
+            self._match(p, layouts[p], loaded[p])
 
         # The base class would cast every tensor to the parameter's dtype, which turns codes and indices into rubbish.
         copies = {p: self._copy_state(p, layouts[p], state) for p, state in loaded.items()}
@@ -253,13 +292,15 @@ class ShardedState:
         self._state.clear()
         self._layouts = {}
         for p, state in copies.items():
-            self._set_state(p, layouts[p], state)
-        return True
+            if is_ours(state):
+                self._set_state(p, layouts[p], state)
+            else:
+                self._state[p] = state
 
     def load_group_settings(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Take over what saved param groups say beside their parameters."""
         for group, saved in zip(self._owner.param_groups, copy.deepcopy(groups), strict=True):
-            group.update({key: value for key, value in saved.items() if key not in ("params", "param_names")})
+            group.update({key: value for key, value in saved.items() if key != "params"})
 
     def _is_elsewhere(self, p: Tensor, saved: Any) -> bool:
         """Whether what was saved is a note in the place of the state, or the part of another rank."""
@@ -277,11 +318,34 @@ class ShardedState:
                 "same step, and load this state dict after it or not at all."
             )
 
-    def _copy_state(self, p: Tensor, layout: StateLayout, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """This rank's part of saved state tensors, flat, on the parameter's device, and ``step``."""
+    def _copy_state(self, p: Tensor, layout: StateLayout, saved: Mapping[str, Any]) -> dict[str, Any]:
+        """This rank's part of saved state tensors, flat, on the parameter's device, ``step``, and what others saved."""
+        others = {
+            name: x.to(p.device, copy=True) if isinstance(x, Tensor) else copy.deepcopy(x)
+            for name, x in saved.items()
+            if name not in OWN_NAMES
+        }
+        if not is_ours(saved):
+            return others
         local = {name: self._shards[p].unwrap(saved[name]) for name in layout.tensors}
         copies = {name: tensor.to(p.device, copy=True).contiguous().view(-1) for name, tensor in local.items()}
-        return {"step": saved["step"].to(self._step_device(p), copy=True), **copies}
+        return {"step": self._step_tensor(p, read_step(saved["step"], self._title(p))), **copies, **others}
+
+    # ---------------------------------------------------------------- state that others may have put there
+
+    def _has_state(self, p: Tensor) -> bool:
+        return is_ours(self._state.get(p))
+
+    def _match(self, p: Tensor, layout: StateLayout, state: Mapping[str, Any]) -> dict[str, Any]:
+        """This rank's part of state of any origin, and ``step``; a CheckpointMismatchError if it does not fit."""
+        match_names(state, layout, self._title(p))
+        own = {name: state[name] for name in ("step", *layout.tensors)}
+        local = {name: self._shards[p].unwrap(x) if isinstance(x, Tensor) else x for name, x in own.items()}
+        match_tensors(local, layout, self._title(p))
+        return local
+
+    def _title(self, p: Tensor) -> str:
+        return f"{self._shards[p].name} of shape {tuple(p.shape)}"
 
     # ---------------------------------------------------------------- layout and state
 
@@ -309,11 +373,21 @@ class ShardedState:
         """Keep these flat state tensors and ``step`` as the state of ``p``."""
         wrap = self._shards[p].wrap
         shaped = shape_state(layout, state)
-        self._state[p] = {name: tensor if name == "step" else wrap(tensor) for name, tensor in shaped.items()}
+        others = {name: x for name, x in (self._state.get(p) or {}).items() if name not in OWN_NAMES}
+        own = {name: wrap(tensor) if name in layout.tensors else tensor for name, tensor in shaped.items()}
+        self._state[p] = {**others, **own}
+        self._keep(p, layout)
+
+    def _keep(self, p: Tensor, layout: StateLayout) -> None:
+        """The state of ``p`` is what ``layout`` says, and stays so until one of its tensors is replaced."""
         self._layouts[p] = layout
+        self._checked[p] = CheckedState(p, self._state[p], tuple(layout.tensors))
         if self._exchange is not None:
             self._exchange.forget(p)
 
     def _step_device(self, p: Tensor) -> torch.device:
         """Where the steps of ``p`` are counted."""
         return p.device if self._counts_on_device else torch.device("cpu")
+
+    def _step_tensor(self, p: Tensor, step: int) -> Tensor:
+        return torch.tensor(step, dtype=torch.int64, device=self._step_device(p))

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from microadam_dist import CheckpointMismatchError, MicroAdam
 from microadam_dist.checkpoint.format import read_layouts
-from microadam_dist.config import SETTING_NAMES, MicroAdamConfig
+from microadam_dist.config import LATER_SETTINGS, SETTING_NAMES, MicroAdamConfig
 from microadam_dist.layout import ShardSpan, StateLayout
 from tests.unit.training import make_params, microadam, params_of, snapshot, steps_of, train
 
@@ -364,15 +364,21 @@ MISMATCHES: dict[str, Callable[[], Any]] = {
         for name, value in OTHER_SETTINGS.items()
     },
     "window_size 1": lambda: saved_by(make_optimizer(window_size=1)),
-    **{f"no {name}": edited(lambda saved, name=name: saved["param_groups"][0].pop(name)) for name in SETTING_NAMES},
+    **{
+        f"no {name}": edited(lambda saved, name=name: saved["param_groups"][0].pop(name))
+        for name in SETTING_NAMES
+        if name not in LATER_SETTINGS
+    },
     "no list of parameters": edited(lambda saved: saved["param_groups"][0].pop("params")),
     "impossible lr": group(lr=-1.0),
     "impossible betas": group(betas=None),
     # state tensors
     "codes missing": edited(lambda saved: saved["state"][0].pop("codes")),
     "step missing": edited(lambda saved: saved["state"][1].pop("step")),
-    "step is a float": state(2, "step", torch.tensor(3.0)),
-    "step is a number": state(2, "step", 3),
+    "step is no integer": state(2, "step", torch.tensor(3.5)),
+    "step is not finite": state(2, "step", torch.tensor(torch.inf)),
+    "step may have been rounded": state(2, "step", torch.tensor(256.0, dtype=torch.bfloat16)),
+    "step is true": state(2, "step", torch.tensor(True)),
     "step has a dimension": state(2, "step", torch.tensor([3])),
     "step is negative": state(2, "step", torch.tensor(-1)),
     "step is junk": state(2, "step", "three"),
@@ -385,7 +391,7 @@ MISMATCHES: dict[str, Callable[[], Any]] = {
     "values are a list": state(2, "values", lambda old: old.tolist()),
     "index outside its block": state(2, "indices", lambda old: torch.full_like(old, 255)),
     "codes without data": state(2, "codes", lambda old: old.to("meta")),
-    "unknown tensor": state(2, "momentum", torch.zeros(1)),
+    "tensor of the other path": state(2, "exp_avg", torch.zeros(1)),
     "dense state for a sparse parameter": edited(lambda saved: saved["state"].update({0: saved["state"][1]})),
     "state is no mapping": edited(lambda saved: saved["state"].update({0: None})),
     # layout

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import MixedPrecision, ShardingStrategy, StateDictType
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 from microadam_dist import (
@@ -178,8 +179,11 @@ def _check_framework_checkpoints(folder: Path) -> None:
     load_sharded(optimizer, folder / "full-fp32")
     assert optimizer.param_groups[0]["lr"] == 1e-2
     loadable["param_groups"][0]["lr"] = 0.25
+    seen: list[Any] = []
+    handle = optimizer.register_load_state_dict_post_hook(lambda loaded: seen.append(loaded.param_groups[0]["lr"]))
     optimizer.load_state_dict(loadable)
-    assert optimizer.param_groups[0]["lr"] == 0.25
+    assert optimizer.param_groups[0]["lr"] == 0.25 and seen == [0.25]
+    handle.remove()
     run(model, optimizer, "full-fp32", range(SAVED_AT, SAVED_AT + 1))
     message_of(CheckpointMismatchError, lambda: optimizer.load_state_dict(loadable))
 
@@ -229,6 +233,40 @@ def _check_rank_without_elements(rank: int) -> None:
     assert (sum(p.numel() for p in model.parameters()) == 0) == (rank >= 2)
     optimizer.step()
     assert [int(state["step"]) for state in optimizer.state.values()] == [1] * (rank < 2)
+
+
+# ---------------------------------------------------------------- GradScaler
+
+
+def test_ranks_agree_about_an_overflow_and_clip() -> None:
+    run_ranks(_scale_and_clip, 2)
+
+
+def _scale_and_clip(rank: int, world_size: int) -> None:
+    model, optimizer = make("full-fp32")
+    plain_model, plain_optimizer = make("full-fp32")
+    scaler = ShardedGradScaler(device="cpu", init_scale=1024.0)
+    for step in range(4):
+        grads = gradients(step)
+        if step == 1:  # overflows in the shard of rank 1 only
+            grads["thin"][-1, -1] = 1e38
+        scaler.scale(model(grads)).backward()
+        scaler.unscale_(optimizer)
+        norm = model.clip_grad_norm_(1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert {int(state["step"]) for state in optimizer.state.values()} == {step + (step < 1)}
+        assert scaler.get_scale() == (1024.0 if step < 1 else 512.0)
+        if step != 1:
+            backward(plain_model, step)
+            assert plain_model.clip_grad_norm_(1.0) == norm > 1
+            plain_optimizer.step()
+            plain_optimizer.zero_grad()
+    (got, moments), (expected, expected_moments) = everything(optimizer), everything(plain_optimizer)
+    assert got.keys() == expected.keys() and moments == expected_moments
+    for key, block in expected.items():
+        assert all(torch.equal(got[key][name], tensor) for name, tensor in block.items()), key
 
 
 # ---------------------------------------------------------------- other numbers of ranks, other engines

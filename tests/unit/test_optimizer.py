@@ -121,14 +121,32 @@ def test_overflow_skips_the_whole_step(num_before: int, value: float) -> None:
     assert optimizer.num_nonfinite_blocks == 0
 
 
-def test_scaler_step_without_any_gradient_does_nothing() -> None:
-    """GradScaler hands over a plain 0 as ``found_inf`` then; torch's fused AdamW takes it."""
-    optimizer = microadam(make_params(SHAPES))
-    before = snapshot(optimizer)
-    scaler = torch.amp.GradScaler("cpu")
-    scaler.scale(torch.zeros(()))
-    scaler.step(optimizer)
-    assert snapshot(optimizer) == before
+def test_scaler_step_without_any_gradient_is_refused_as_for_adamw() -> None:
+    for optimizer in (microadam(make_params(SHAPES)), torch.optim.AdamW(make_params(SHAPES))):
+        before = snapshot(optimizer)
+        scaler = torch.amp.GradScaler("cpu")
+        scaler.scale(torch.zeros(()))
+        with pytest.raises(AssertionError, match="No inf checks"):
+            scaler.step(optimizer)
+        assert snapshot(optimizer) == before
+
+
+def test_scaled_gradients_are_clipped_like_unscaled_ones() -> None:
+    scaled, plain = microadam(make_params(SHAPES)), microadam(make_params(SHAPES))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    for seed in range(4):
+        scaled.zero_grad()
+        scaler.scale(sum((p * gradient(p, seed, i)).sum() for i, p in enumerate(params_of(scaled)))).backward()
+        scaler.unscale_(scaled)
+        norms = [nn.utils.clip_grad_norm_(params_of(scaled), 1.0)]
+        scaler.step(scaled)
+        scaler.update()
+        for index, p in enumerate(params_of(plain)):
+            p.grad = gradient(p, seed, index)
+        norms.append(nn.utils.clip_grad_norm_(params_of(plain), 1.0))
+        plain.step()
+        assert norms[0] == norms[1] > 1
+    assert snapshot(scaled) == snapshot(plain)
 
 
 # ---------------------------------------------------------------- closures and gradients
