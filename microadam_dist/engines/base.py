@@ -186,16 +186,21 @@ class ExchangeSettings:
     """How new weights reach other ranks, as the user has set it; see `MicroAdam`.
 
     Raises:
-        ConfigError: ``sparse_allgather`` is no bool.
+        ConfigError: ``sparse_allgather`` is no bool, or ``weight_exchange`` is given without ``shard_state``.
     """
 
     sparse_allgather: bool = False
     shard_state: ShardState = False
-    weight_exchange: str = "touched"
+    weight_exchange: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.sparse_allgather, bool):
             raise ConfigError(f"sparse_allgather={self.sparse_allgather!r}: expected true or false.")
+        if self.weight_exchange is not None and not self.shards_state:
+            raise ConfigError(
+                f"weight_exchange={self.weight_exchange!r} is given without shard_state, so no weights are exchanged: "
+                "add shard_state=True (under DDP), or remove it."
+            )
 
     @property
     def shards_state(self) -> bool:
