@@ -269,11 +269,10 @@ def _window1(rank: int, world_size: int) -> None:
 def _under_join(rank: int, world_size: int) -> None:
     model = DistributedDataParallel(make_model())
     optimizer = make_optimizer(model, shard_state=True)
-    grads = gradients(3, torch.float32)
 
     def step() -> None:
         optimizer.zero_grad()
-        model(grads[0]).backward()
+        model(gradients(0)).backward()
         optimizer.step()
 
     step()

@@ -56,6 +56,12 @@ def test_local_rank_of_a_launcher_is_the_scripts(scripts: Path) -> None:
     assert json.loads(got.stdout)["argv"] == ["--local_rank=1", "a"]
 
 
+def test_accelerate_launch(scripts: Path) -> None:
+    """On a CPU it starts one process; on GPUs through torchrun, see below."""
+    launch = "-m accelerate.commands.launch --cpu --num_processes 1 -m microadam_dist.run scripts/show.py a"
+    assert json.loads(python(scripts, *launch.split()).stdout)["argv"] == ["a"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -105,7 +111,6 @@ PORT = "29517"
 LAUNCHERS = {
     "deepspeed": f"deepspeed.launcher.runner --num_gpus 2 --master_port {PORT} --module",
     "torchrun": f"torch.distributed.run --nproc-per-node 2 --master-port {PORT} -m",
-    "accelerate": f"accelerate.commands.launch --cpu --num_processes 2 --main_process_port {PORT} -m",
 }
 
 
