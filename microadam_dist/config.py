@@ -92,8 +92,12 @@ class MicroAdamConfig:
         """Build a config from a mapping (a param group, DeepSpeed JSON); keys that are not settings are left alone.
 
         Raises:
-            ConfigError: A setting has the wrong type or is outside its range.
+            ConfigError: A setting has the wrong type or is outside its range, or one of another optimizer asks for
+                another update.
         """
+        for name, (value, why) in _ADAM_SETTINGS.items():
+            if settings.get(name) not in (None, value):
+                raise ConfigError(f"{name}={settings[name]!r}: {why}. Remove it.")
         known = {name: settings[name] for name in SETTING_NAMES if name in settings}
         for name in ("lr", "eps", "weight_decay", "density"):
             if name in known:
@@ -123,6 +127,28 @@ SETTING_NAMES = tuple(field.name for field in dataclasses.fields(MicroAdamConfig
 # Arguments of `MicroAdam` that hold for all its groups.
 OPTIMIZER_SETTING_NAMES = tuple("backend sparse_allgather shard_state weight_exchange capturable metrics_every".split())
 
+_DECOUPLED = "weight decay is always decoupled from the gradient, as in AdamW"
+_CORRECTED = "the moments are always corrected for their start at zero"
+
+# Settings of torch's, DeepSpeed's and others' optimizers that would change the update -> their value here, and why.
+_ADAM_SETTINGS: dict[str, tuple[bool, str]] = {
+    "adam_w_mode": (True, _DECOUPLED),
+    "adamw_mode": (True, _DECOUPLED),
+    "decoupled_weight_decay": (True, _DECOUPLED),
+    "weight_decouple": (True, _DECOUPLED),
+    "bias_correction": (True, _CORRECTED),
+    "correct_bias": (True, _CORRECTED),
+    "amsgrad": (False, "no maximum of the second moments is kept"),
+    "maximize": (False, "the loss is always minimized"),
+    "differentiable": (False, "autograd cannot go through a step"),
+    "nesterov": (False, "there is no Nesterov momentum"),
+    "momentum": (False, "the momentum is the first of the betas"),
+    "dampening": (False, "the momentum is the first of the betas"),
+}
+
+# Those that say how, not what an optimizer computes.
+_ADAM_IMPLEMENTATIONS = frozenset("torch_adam fused foreach set_grad_none fp32_optimizer_states".split())
+
 # The settings that decide shapes of state tensors; they cannot change once state exists.
 STRUCTURAL_SETTINGS = ("window_size", "density", "block_size", "bucket_size", "ef_bits", "packed_window")
 
@@ -136,8 +162,13 @@ def structural_difference(settings: Mapping[str, Any], others: Mapping[str, Any]
     return next((name for name in STRUCTURAL_SETTINGS if settings[name] != others[name]), None)
 
 
+def adam_settings(names: Iterable[str]) -> list[str]:
+    """Those of the names that mean something to other Adams and nothing here; `from_dict` looks at their values."""
+    return [name for name in names if name in _ADAM_SETTINGS or name in _ADAM_IMPLEMENTATIONS]
+
+
 def reject_unknown_settings(names: Iterable[str], *, misspelled_only: bool = False) -> None:
-    """Raise for names that are no setting.
+    """Raise for names that are no setting, neither here nor of other Adams (see `adam_settings`).
 
     Args:
         names: Keys that were given beside the settings.
@@ -148,7 +179,7 @@ def reject_unknown_settings(names: Iterable[str], *, misspelled_only: bool = Fal
         ConfigError: Names the key and the setting that was probably meant.
     """
     for name in names:
-        if name in SETTING_NAMES:
+        if name in SETTING_NAMES or adam_settings([name]):
             continue
         if name in OPTIMIZER_SETTING_NAMES:
             raise ConfigError(

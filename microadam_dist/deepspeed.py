@@ -1,12 +1,14 @@
 """For DeepSpeed users: ``"optimizer": {"type": "MicroAdam", "params": {...}}`` in the DeepSpeed JSON.
 
-``import microadam_dist`` is enough. DeepSpeed looks an unknown optimizer type up in `torch.optim`, and ZeRO accepts
-the classes on its list; `register` does the former, and the class adds itself to the list when it is constructed.
+``import microadam_dist`` is enough, or `microadam_dist.run` for a script that has no such line; the type may be written
+in any case. DeepSpeed looks an unknown optimizer type up in `torch.optim`, and ZeRO accepts the classes on its list;
+`register` does the former, and the class adds itself to the list when it is constructed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,24 @@ def register() -> None:
     Needed by hand only when an optimizer was constructed before DeepSpeed was imported.
     """
     torch.optim.MicroAdam = MicroAdam  # type: ignore[attr-defined]
+    _find_in_any_case()
     whitelist(MicroAdam)
+
+
+@functools.cache
+def _find_in_any_case() -> None:
+    """DeepSpeed changes the case of its own types only, and asks `torch.optim` for "microadam" as it is written."""
+    optim: Any = torch.optim
+    find: Callable[[str], Any] | None = getattr(optim, "__getattr__", None)  # torch has none yet
+
+    def find_optimizer(name: str) -> Any:
+        if name.lower() == "microadam":
+            return MicroAdam
+        if find is not None:
+            return find(name)
+        raise AttributeError(f"module 'torch.optim' has no attribute {name!r}")
+
+    optim.__getattr__ = find_optimizer
 
 
 def disable_shm_allreduce() -> None:

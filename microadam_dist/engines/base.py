@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..config import MicroAdamConfig, check_flag
-from ..errors import UnsupportedLayoutError
+from ..errors import ConfigError, UnsupportedLayoutError
 from ..layout import WINDOW_TENSORS, ShardSpan, StateLayout
 from .dtensors import require_plain
 from .names import ParameterNames
@@ -186,15 +186,20 @@ class ExchangeSettings:
     """How new weights reach other ranks, as the user has set it; see `MicroAdam`.
 
     Raises:
-        ConfigError: ``sparse_allgather`` is no bool.
+        ConfigError: ``sparse_allgather`` is no bool, or ``weight_exchange`` is given without ``shard_state``.
     """
 
     sparse_allgather: bool = False
     shard_state: ShardState = False
-    weight_exchange: str = "touched"
+    weight_exchange: str | None = None
 
     def __post_init__(self) -> None:
         check_flag("sparse_allgather", self.sparse_allgather)
+        if self.weight_exchange is not None and not self.shards_state:
+            raise ConfigError(
+                f"weight_exchange={self.weight_exchange!r} is given without shard_state, so no weights are exchanged: "
+                "add shard_state=True (under DDP), or remove it."
+            )
 
     @property
     def shards_state(self) -> bool:

@@ -26,6 +26,7 @@ from ..errors import ConfigError
 from ..layout import ShardSpan, StateLayout
 from .base import ExchangedBytes, ExchangeSettings, Replay, Replayed, Rows, ShardState, Update, WeightExchange
 from .changes import compare, exchange, pieces
+from .joins import require_no_join, watch_joins
 from .replicated import ReplicatedShard
 
 if TYPE_CHECKING:
@@ -45,11 +46,13 @@ def make_exchange(settings: ExchangeSettings, counted: ExchangedBytes) -> Weight
     Raises:
         ConfigError: A setting is invalid, or there are no ranks.
     """
-    names: dict[str, type[RowExchange]] = {"touched": TouchedExchange, "newest": NewestExchange}
-    if settings.weight_exchange not in names:
+    if not settings.shards_state:
+        return None
+    names: dict[str | None, type[RowExchange]] = {"touched": TouchedExchange, "newest": NewestExchange}
+    if settings.weight_exchange not in (None, *names):
         expected = " or ".join(map(repr, names))
         raise ConfigError(f"weight_exchange={settings.weight_exchange!r}: expected {expected}.")
-    return names[settings.weight_exchange](settings.shard_state, counted) if settings.shards_state else None
+    return names[settings.weight_exchange or "touched"](settings.shard_state, counted)
 
 
 class RowExchange(ABC):
@@ -81,6 +84,7 @@ class RowExchange(ABC):
         self._counted = counted
         self._meshes: dict[str, DeviceMesh] = {}
         self._agreed: set[Tensor] = set()  # parameters whose weights were equal on all ranks when the state was made
+        watch_joins()
 
     def check(self, config: MicroAdamConfig) -> None:  # noqa: B027
         """Raise a ConfigError for settings that cannot be exchanged."""
@@ -108,6 +112,7 @@ class RowExchange(ABC):
         """See `WeightExchange.step`."""
         if not rows:
             return 0
+        require_no_join()
         self._require_agreement(rows, config)
         self._counted.dense += sum(row.shard.param.nbytes for row in rows)
         return sum(self._step_bucket(bucket, config, update, replay) for bucket in _comm_buckets(rows))

@@ -48,8 +48,14 @@ def release_gradients(model: nn.Module, optimizer: MicroAdam) -> GradientRelease
 
     Raises:
         UnsupportedLayoutError: Gradients are reduced after they are accumulated: DDP, FSDP1, DeepSpeed.
-        ConfigError: The optimizer holds tensors that are no parameters of the model, or was given before.
+        ConfigError: The optimizer is no `MicroAdam`, holds tensors that are no parameters of the model, has nothing to
+            release, or was given before.
     """
+    if not isinstance(optimizer, MicroAdam):
+        raise ConfigError(
+            f"release_gradients takes the MicroAdam itself, and this is {type(optimizer)}. Under Accelerate give it "
+            "the optimizer that was passed to prepare; under DeepSpeed gradients cannot be released."
+        )
     if optimizer in _with_release:
         raise ConfigError("the gradients of this optimizer are released already; remove() that handle first.")
     if has_ddp(model):
@@ -57,7 +63,14 @@ def release_gradients(model: nn.Module, optimizer: MicroAdam) -> GradientRelease
             "DistributedDataParallel averages gradients after they are accumulated, so gradients cannot be released: "
             "each rank would use its own. Use fully_shard (FSDP2), or the normal step."
         )
+    if optimizer.names.sharded is not None:
+        raise UnsupportedLayoutError(
+            "DeepSpeed holds this optimizer, and reduces and steps after the backward pass: gradients cannot be "
+            "released. Use the normal step."
+        )
     _require_same_parameters(model, optimizer)
+    if not any(param.requires_grad for group in optimizer.param_groups for param in group["params"]):
+        raise ConfigError("no parameter of the optimizer requires a gradient: there is none to release. Thaw it first.")
     return GradientRelease(optimizer)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, overload
 
 import torch
@@ -14,7 +16,7 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from ..backends.base import CapturableBackend, DeviceInputs, TensorStep
 from ..backends.select import select_backend
-from ..config import SETTING_NAMES, MicroAdamConfig, check_flag, reject_unknown_settings
+from ..config import SETTING_NAMES, MicroAdamConfig, adam_settings, check_flag, reject_unknown_settings
 from ..diagnostics.metrics import Meter
 from ..engines.base import ExchangedBytes, ExchangeSettings, Replayed, Rows, ShardState
 from ..engines.collectives import any_rank
@@ -33,8 +35,8 @@ class MicroAdam(Optimizer):
     (norms, biases) take AdamW with fp32 moments.
 
     Args:
-        params: Parameters, named parameters or param groups; fp32, bf16 or fp16. The settings up to ``packed_window``
-            may be given per group.
+        params: Parameters, named parameters or param groups; fp32, bf16 or fp16, frozen ones of any dtype. The settings
+            up to ``packed_window`` may be given per group.
         lr, betas, eps, weight_decay: As in `torch.optim.AdamW`; start at 2 to 4 times its best learning rate.
         window_size: Number of sparse gradients kept (``m`` in the paper). 1 stores no window at all.
         density: Fraction of each block kept by Top-K (``k_init``).
@@ -48,11 +50,13 @@ class MicroAdam(Optimizer):
             `engines.deepspeed_sparse`; the bytes are counted in ``exchanged_bytes``. The weights are the same.
         shard_state: Under DDP: true, a process group or a 1-D DeviceMesh whose ranks share the state. Each steps some
             rows of every parameter, and gets the other rows from the rank that steps them. The weights are the same.
-        weight_exchange: With ``shard_state``, what travels: ``"touched"``, the weights that changed, or ``"newest"``,
-            the newest Top-K, which is less but replicates the window; see `engines.row_exchange`.
+        weight_exchange: With ``shard_state``, what travels: ``"touched"`` (the default), the weights that changed, or
+            ``"newest"``, the newest Top-K, which is less but replicates the window; see `engines.row_exchange`.
         capturable: Count the steps on the GPU and read ``lr`` (if it is a tensor there) and what GradScaler found there
             too, so that a step waits for nothing and can be captured in a CUDA graph. Needs ``backend="cuda"``.
         metrics_every: Measure every so many steps how well the gradients are compressed, see ``metrics``; 0 is off.
+        unknown: Settings of other Adams that change nothing here (``fused``, ``amsgrad=False``, ...) are accepted with
+            a warning, here and in param groups, so that an AdamW configuration needs only its type changed.
 
     Raises:
         ConfigError: A setting is unknown or outside its range, or a parameter has an unsupported dtype.
@@ -79,7 +83,7 @@ class MicroAdam(Optimizer):
         backend: str = "auto",
         sparse_allgather: bool = False,
         shard_state: ShardState = False,
-        weight_exchange: str = "touched",
+        weight_exchange: str | None = None,
         capturable: bool = False,
         metrics_every: int = 0,
         **unknown: Any,
@@ -87,7 +91,7 @@ class MicroAdam(Optimizer):
         arguments = locals()
         reject_unknown_settings(unknown)
         defaults = {name: arguments[name] for name in SETTING_NAMES}
-        defaults = _with_numbers(defaults, MicroAdamConfig.from_dict(defaults))
+        defaults = _with_numbers(defaults, MicroAdamConfig.from_dict({**defaults, **unknown}))
         check_flag("capturable", capturable)
         exchange_settings = ExchangeSettings(sparse_allgather, shard_state, weight_exchange)
         if capturable and backend not in ("auto", "cuda"):
@@ -113,6 +117,7 @@ class MicroAdam(Optimizer):
         for group in self.param_groups:
             self._adopt(group)
         self._is_constructed = True
+        _warn_of_meaningless(chain(unknown, *self.param_groups))
         introduce(type(self))
 
     @staticmethod
@@ -127,7 +132,9 @@ class MicroAdam(Optimizer):
             ConfigError: A setting or a parameter's dtype is not supported.
         """
         keys = [key for key in param_group if key not in ("params", "param_names")]
-        reject_unknown_settings(keys, misspelled_only=True)
+        # Every group of torch's AdamW has "capturable": False.
+        given = (key for key in keys if key != "capturable" or param_group[key])
+        reject_unknown_settings(given, misspelled_only=True)
         config = MicroAdamConfig.from_dict({**self.defaults, **param_group})
         super().add_param_group(_with_numbers(param_group, config))
         if self._is_constructed:
@@ -136,6 +143,7 @@ class MicroAdam(Optimizer):
             except MicroAdamError:
                 self.param_groups.pop()
                 raise
+            _warn_of_meaningless(keys)
 
     def _adopt(self, group: Mapping[str, Any]) -> None:
         """Check a new param group, and remember what its parameters are called."""
@@ -143,12 +151,17 @@ class MicroAdam(Optimizer):
         first = sum(map(len, self.names.groups))
         names = group.get("param_names") or [str(first + i) for i in range(len(params))]
         for name, param in zip(names, params, strict=True):
-            if param.dtype not in PARAM_DTYPES:
-                raise ConfigError(f"parameter {name!r} is {param.dtype}; MicroAdam trains fp32, bf16, fp16.")
-            self._backend.check(config, param.device)
+            if param.requires_grad:
+                self._check(name, param, config)
         if self._exchange is not None:
             self._exchange.check(config)
         self.names.add_group(names, params)
+
+    def _check(self, name: str, param: Tensor, config: MicroAdamConfig) -> None:
+        """Raise if a parameter cannot be trained with these settings."""
+        if param.dtype not in PARAM_DTYPES:
+            raise ConfigError(f"parameter {name!r} is {param.dtype}; MicroAdam trains fp32, bf16, fp16.")
+        self._backend.check(config, param.device)
 
     def state_bytes(self) -> StateBytes:
         """State this rank holds now, as allocated (step counters not counted)."""
@@ -305,7 +318,12 @@ class MicroAdam(Optimizer):
         for config, members in groups:
             self.sharded.require_unchanged(members, config, new)
         for p, layout in new.items():
-            self._backend.check(layout.config, p.device)
+            self._check(self.sharded.shard(p).name, p, layout.config)
+        if new and self.exchange_settings.sparse_allgather and self.names.sharded is None:
+            raise ConfigError(
+                "sparse_allgather=True is for DeepSpeed's ZeRO stages 1 and 2, and DeepSpeed does not hold this "
+                "optimizer: remove it. For DDP there is shard_state; FSDP gathers weights by itself."
+            )
         self.sharded.accept(new)
         return was_empty
 
@@ -383,6 +401,12 @@ def _with_numbers(settings: Mapping[str, Any], config: MicroAdamConfig) -> dict[
         key: getattr(config, key) if key in SETTING_NAMES and not isinstance(value, Tensor) else value
         for key, value in settings.items()
     }
+
+
+def _warn_of_meaningless(names: Iterable[str]) -> None:
+    """One warning for all settings of other Adams among the names."""
+    if found := dict.fromkeys(adam_settings(names)):
+        warnings.warn(f"MicroAdam ignores {', '.join(found)}: settings of other optimizers.", stacklevel=3)
 
 
 def _device_inputs(group: Mapping[str, Any], loss_scale: Tensor | None, found_inf: Tensor | None) -> DeviceInputs:

@@ -33,6 +33,13 @@ def test_register_is_idempotent() -> None:
     assert torch.optim.MicroAdam is MicroAdam  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("name", ["microadam", "MICROADAM", "Microadam"])
+def test_name_in_any_case(name: str) -> None:
+    assert getattr(torch.optim, name) is MicroAdam
+    with pytest.raises(AttributeError, match="'torch.optim' has no attribute 'MicroAdamW'"):
+        _ = torch.optim.MicroAdamW  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("order", [("deepspeed", "microadam_dist"), ("microadam_dist", "deepspeed")], ids="-then-".join)
 def test_import_order_does_not_matter(order: tuple[str, str]) -> None:
     script = f"""
@@ -122,7 +129,7 @@ def test_zero3_padding_is_neither_read_nor_written() -> None:
 
 def _bad_settings(rank: int, world_size: int) -> list[str]:
     messages = []
-    for params in ({"windowsize": 3}, {"shard_state": True}):
+    for params in ({"windowsize": 3}, {"shard_state": True}, {"adam_w_mode": False}, {"weight_exchange": "newest"}):
         with pytest.raises(ConfigError) as error:
             initialize(make_model(), make_config(2, torch.bfloat16, params=params))
         messages.append(str(error.value))
@@ -130,6 +137,8 @@ def _bad_settings(rank: int, world_size: int) -> list[str]:
 
 
 def test_bad_json_settings_are_named_at_initialize() -> None:
-    ((unknown, not_here),) = run_ranks(_bad_settings, 1)
+    ((unknown, not_here, coupled, exchange),) = run_ranks(_bad_settings, 1)
     assert unknown == "unknown setting 'windowsize': did you mean 'window_size'?"
     assert "shard_state is for DDP" in not_here
+    assert "adam_w_mode=False: weight decay is always decoupled" in coupled
+    assert "weight_exchange='newest' is given without shard_state" in exchange

@@ -264,3 +264,28 @@ def _window1(rank: int, world_size: int) -> None:
     params = [nn.Parameter(torch.zeros(64, 64))]
     options = {"window_size": 1, "shard_state": True, "weight_exchange": "newest"}
     assert "'touched'" in message_of(ConfigError, lambda: MicroAdam(params, **options))
+
+
+def _under_join(rank: int, world_size: int) -> None:
+    model = DistributedDataParallel(make_model())
+    optimizer = make_optimizer(model, shard_state=True)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(gradients(0)).backward()
+        optimizer.step()
+
+    step()
+    before = everything(optimizer)
+    with pytest.raises(ConfigError, match=r"does not work under ddp.join\(\)"):
+        with model.join():
+            for _ in range(2 + rank):  # uneven
+                step()
+    assert_same(everything(optimizer), before)
+    with model.join(enable=False):
+        step()
+    step()
+
+
+def test_uneven_inputs_raise_at_once() -> None:
+    run_ranks(_under_join, 2)

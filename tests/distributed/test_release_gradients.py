@@ -233,6 +233,15 @@ def test_other_parameters_are_refused() -> None:
     assert live_gradients(optimizer) == 7  # nothing has been hooked
 
 
+def test_where_there_is_nothing_to_release() -> None:
+    model = nn.Linear(64, 64)
+    with pytest.raises(ConfigError, match="takes the MicroAdam itself, and this is .*AdamW"):
+        release_gradients(model, torch.optim.AdamW(model.parameters()))  # type: ignore[arg-type]
+    model.requires_grad_(False)
+    with pytest.raises(ConfigError, match="no parameter of the optimizer requires a gradient"):
+        release_gradients(model, MicroAdam(model.named_parameters()))
+
+
 def test_sparse_gradient_is_refused() -> None:
     embedding = nn.Embedding(64, 128, sparse=True)
     optimizer = MicroAdam(embedding.parameters())

@@ -1,5 +1,6 @@
 """Settings: every bad one is refused by name before any state exists, and nothing has changed."""
 
+import copy
 import math
 import re
 from decimal import Decimal
@@ -204,11 +205,74 @@ def test_misspelled_setting(name: str, meant: str) -> None:
         MicroAdam([{"params": [make_param()], name: 1}])
 
 
-@pytest.mark.parametrize("name", ["amsgrad", "fused", "foreach", "differentiable", "maximize", "torch_adam"])
+@pytest.mark.parametrize("name", ["rho", "use_muon", "backends"])
 def test_unknown_argument_lists_the_settings(name: str) -> None:
     with pytest.raises(ConfigError, match=f"unknown setting '{name}'") as error:
         MicroAdam([make_param()], **{name: True})
     assert all(setting in str(error.value) for setting in (*SETTING_NAMES, "backend"))
+
+
+OTHER_UPDATES = {
+    **dict.fromkeys(("amsgrad", "maximize", "differentiable", "nesterov", "momentum"), True),
+    **dict.fromkeys(("adam_w_mode", "adamw_mode", "decoupled_weight_decay", "bias_correction"), False),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), OTHER_UPDATES.items())
+def test_setting_that_asks_for_another_update_is_refused(name: str, value: bool) -> None:
+    expected = f"{name}={value}: .+ Remove it"
+    with pytest.raises(ConfigError, match=expected):
+        MicroAdam([make_param()], **{name: value})
+    with pytest.raises(ConfigError, match=expected):
+        MicroAdam([{"params": [make_param()], name: value}])
+    optimizer = MicroAdam([make_param()])
+    optimizer.param_groups[0][name] = value
+    optimizer.param_groups[0]["params"][0].grad = make_param().detach()
+    with pytest.raises(ConfigError, match=expected):
+        optimizer.step()
+    assert not optimizer.state
+
+
+ADAMW = {"amsgrad": False, "maximize": False, "foreach": None, "fused": True, "differentiable": False}
+ADAMW |= {"decoupled_weight_decay": True}
+DEEPSPEED_ADAM = {"torch_adam": True, "adam_w_mode": True, "bias_correction": True, "set_grad_none": True}
+
+
+def test_adamw_settings_are_accepted_with_one_warning() -> None:
+    with pytest.warns(UserWarning, match="ignores") as warned:
+        optimizer = MicroAdam([{"params": [make_param()], **ADAMW}], lr=1e-3, capturable=False, **DEEPSPEED_ADAM)
+    (warning,) = warned
+    assert all(name in str(warning.message) for name in (*ADAMW, *DEEPSPEED_ADAM))
+    assert warning.filename == __file__
+    with pytest.warns(UserWarning, match="ignores fused: "):
+        optimizer.add_param_group({"params": [make_param()], "fused": False})
+
+
+def test_groups_of_torchs_adamw() -> None:
+    adamw = torch.optim.AdamW([make_param()], lr=0.5)
+    with pytest.warns(UserWarning, match="ignores amsgrad"):
+        optimizer = MicroAdam(adamw.param_groups)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_torch_itself_adds_is_silent() -> None:
+    optimizer = copy.deepcopy(MicroAdam([make_param()]))
+    assert optimizer.defaults["differentiable"] is False  # Optimizer.__setstate__
+    optimizer.add_param_group({"params": [make_param()]})
+    optimizer.param_groups[0]["params"][0].grad = make_param().detach()
+    optimizer.step()
+
+
+def test_exchange_settings_where_they_do_not_apply() -> None:
+    with pytest.raises(ConfigError, match="weight_exchange='touched' is given without shard_state"):
+        MicroAdam([make_param()], weight_exchange="touched")
+    optimizer = MicroAdam([make_param()], sparse_allgather=True)  # DeepSpeed may still come
+    optimizer.param_groups[0]["params"][0].grad = make_param().detach()
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="sparse_allgather=True is for DeepSpeed's ZeRO stages 1 and 2"):
+            optimizer.step()
+    assert not optimizer.state
 
 
 def test_capturable_needs_the_cuda_backend() -> None:
@@ -281,6 +345,23 @@ def test_unsupported_dtype(dtype: torch.dtype) -> None:
         MicroAdam([("body.weight", make_param()), ("head.weight", bad)])
     with pytest.raises(ConfigError, match=f"parameter '1' is {dtype}"):
         MicroAdam([make_param(), bad])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.uint8, torch.complex64], ids=str)
+def test_frozen_parameter_of_any_dtype_is_ignored(dtype: torch.dtype) -> None:
+    frozen, trained = nn.Parameter(torch.ones(32, 128).to(dtype), requires_grad=False), make_param()
+    optimizer = MicroAdam([("base", frozen), ("adapter", trained)])
+    for _ in range(2):
+        trained.grad = torch.ones_like(trained)
+        optimizer.step()
+    assert set(optimizer.state) == {trained} and frozen.eq(1).all()
+    optimizer.load_state_dict(optimizer.state_dict())
+    if dtype == torch.float64:  # thawed
+        frozen.requires_grad_().grad = torch.ones_like(frozen)
+        before = trained.clone()
+        with pytest.raises(ConfigError, match="parameter 'base' is torch.float64"):
+            optimizer.step()
+        assert set(optimizer.state) == {trained} and torch.equal(trained, before)
 
 
 class Junk:

@@ -31,7 +31,7 @@ MAX_ROOM_ARROWS = 60
 # are imported lazily themselves.
 STANDARD_LIBRARY_ONLY = (
     "errors config layout layout.* arithmetic arithmetic.scalars engines engines.cuts cli planner planner.activations "
-    "planner.engines planner.gpus planner.memory planner.shapes"
+    "planner.engines planner.gpus planner.memory planner.shapes run"
 )
 TORCH_DISTRIBUTED = "engines* checkpoint* diagnostics*"
 ANYWHERE = {
