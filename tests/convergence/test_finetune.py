@@ -1,75 +1,88 @@
-"""A small Llama, pre-trained on source, fine-tuned on English: test losses of short runs, as in configs/studies."""
+"""Held-out losses of short fine-tuning runs, as in configs/studies but smaller: means of 8 runs, compared pair by pair.
+
+MicroAdam is chaotic: a run ends elsewhere on every CPU. But two settings with the same batches part late, and the
+difference between them varies less than either, so what is compared is the mean of 8 differences. Where only one side
+is a fault, the test has only that side. Measured in 20 repetitions, each with seeds of its own, with two instruction
+sets of torch, two of MKL, 1 and 2 threads (nats per byte):
+
+| difference                        | mean    | standard deviation | highest | limit  | deviations away |
+|-----------------------------------|---------|--------------------|---------|--------|-----------------|
+| default - AdamW                   | -0.0229 | 0.0055             | -0.0115 | 0.01   | 6.0             |
+| window 2 - AdamW                  | -0.0209 | 0.0061             | -0.0090 | 0.01   | 5.1             |
+| default - no error feedback       | -0.0440 | 0.0030             | -0.0402 | -0.02  | 8.0             |
+| window 2 - no error feedback      | -0.0372 | 0.0025             | -0.0309 | -0.02  | 6.9             |
+| packed - not packed, window 10    | -0.0001 | 0.0005             | 0.0007  | 0.005  | 10              |
+| packed - not packed, window 2     | 0.0000  | 0.0003             | 0.0005  | 0.005  | 17              |
+| 4 bits - 8 bits, window 2         | 0.0005  | 0.0003             | 0.0008  | 0.005  | 15              |
+
+At 5 deviations a normal variable is wrong once in 3 million times, one with the heavy tails of 20 samples once in 20
+thousand; with the seeds fixed, as they are here, CPUs alone make a deviation of 0.0003 to 0.0008.
+
+They fail where the kernel has no error feedback, does not square values for v, keeps old values in the window, or
+unpacks indices or signs wrongly. They cannot see weights of the wrong age, a missing slot or the scale of another one:
+`test_rosenbrock` does. What shows in no loss, such as packing errors not fed back, tests/kernels sees bit for bit.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from microadam_dist import MicroAdam
+
+from .finetuning import fine_tune, pretrained
 
 pytestmark = pytest.mark.slow
 
-ADAMW = {"type": "adamw", "lr": 2e-3, "weight_decay": 0.0}  # 4e-3 is worse
-DEFAULT = {"type": "microadam", "lr": 8e-3}
-WINDOW_2 = {"type": "microadam", "lr": 4e-3, "density": 0.05, "window_size": 2}
+DEFAULT = {"lr": 8e-3}
+WINDOW_2 = {"lr": 4e-3, "density": 0.05, "window_size": 2}
+PAPER = {"lr": 2e-3, **MicroAdam.paper_defaults()}
+AS_GOOD, NO_WORSE = 0.01, 0.005  # nats per byte
 
-TestLoss = Callable[..., float]
+Difference = Callable[[dict[str, Any], dict[str, Any]], float]
 
 
 @pytest.fixture(scope="module")
-def test_loss(tmp_path_factory: pytest.TempPathFactory) -> TestLoss:
-    """Settings of an optimizer -> test loss after 200 steps; every run happens once."""
-    from studies.config import OptimizerEntry, Pretraining, Run, TextTask
-    from studies.tasks import prepare_data, pretrain
-    from studies.training import train
-
-    folder: Path = tmp_path_factory.mktemp("study")
-    task = TextTask(
-        kind="text",
-        data="python-reference",
-        model={"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 192},
-        pretrain=Pretraining(steps=400),
-        seq_len=128,
-        batch_size=2,
-        steps=200,
-        eval_every=200,
-    )
-    prepare_data(task, folder)
-    pretrain(task, folder)
+def difference() -> Difference:
+    """Settings of two optimizers -> how much higher the first one's loss is, in the mean; every run happens once."""
+    model = pretrained()
 
     @functools.cache
-    def run(**settings: Any) -> float:
-        entry = OptimizerEntry(**settings)
-        loss = train(Run("", "", entry.lr[0], seed=0), task, entry, folder)["test"]["loss"]
-        print(f"{settings}: {loss:.4f}")
-        return loss
+    def losses(optimizer: Any = MicroAdam, **settings: Any) -> torch.Tensor:
+        return fine_tune(model, lambda weights: optimizer(weights, weight_decay=0.0, **settings))
 
-    return run
+    def subtract(first: dict[str, Any], second: dict[str, Any]) -> float:
+        ours, theirs = losses(**first), losses(**second)
+        mean, spread = float((ours - theirs).mean()), float((ours - theirs).std())
+        print(
+            f"{first}: {ours.mean():.4f}, {second}: {theirs.mean():.4f}, difference {mean:+.4f}, of a run {spread:.4f}"
+        )
+        return mean
+
+    return subtract
 
 
-@pytest.mark.parametrize(("settings", "margin"), [(DEFAULT, 0.0), (WINDOW_2, 0.03)], ids=["default", "window 2"])
-def test_as_good_as_adamw(test_loss: TestLoss, settings: dict[str, Any], margin: float) -> None:
-    # AdamW 2.2328, MicroAdam 2.1864 and 2.2318 where this was written; 2.6950 before fine-tuning.
-    assert test_loss(**settings) < test_loss(**ADAMW) + margin
+ADAMW = {"optimizer": torch.optim.AdamW, "lr": 2e-3}  # 1e-3 and 4e-3 are worse
+
+
+@pytest.mark.parametrize("settings", [DEFAULT, {**WINDOW_2, "lr": 8e-3}], ids=["default", "window 2"])
+def test_as_good_as_adamw(difference: Difference, settings: dict[str, Any]) -> None:
+    assert difference(settings, ADAMW) < AS_GOOD
 
 
 @pytest.mark.parametrize("settings", [DEFAULT, WINDOW_2], ids=["default", "window 2"])
-def test_error_feedback_is_needed(test_loss: TestLoss, settings: dict[str, Any]) -> None:
-    # 2.2497 and 2.2953 without.
-    assert test_loss(**settings) < test_loss(**settings, ef_bits=0) - 0.03
-
-
-PAPER = {"type": "microadam", "lr": 4e-3, "density": 0.01, "window_size": 10}
+def test_error_feedback_is_needed(difference: Difference, settings: dict[str, Any]) -> None:
+    assert difference(settings, {**settings, "ef_bits": 0}) < -0.02
 
 
 @pytest.mark.parametrize("settings", [PAPER, WINDOW_2], ids=["window 10", "window 2"])
-def test_a_packed_window_is_as_good(test_loss: TestLoss, settings: dict[str, Any]) -> None:
-    assert abs(test_loss(**settings, packed_window=True) - test_loss(**settings)) < 0.01
+def test_a_packed_window_is_no_worse(difference: Difference, settings: dict[str, Any]) -> None:
+    assert difference({**settings, "packed_window": True}, settings) < NO_WORSE
 
 
-def test_four_bits_are_enough(test_loss: TestLoss) -> None:
-    """An error feedback that is not quantized is no better."""
-    unquantized = test_loss(**{**WINDOW_2, "type": "microadam_fp32_error"})
-    assert abs(test_loss(**WINDOW_2) - unquantized) < 0.02
+def test_four_bits_are_enough(difference: Difference) -> None:
+    assert difference(WINDOW_2, {**WINDOW_2, "ef_bits": 8}) < NO_WORSE

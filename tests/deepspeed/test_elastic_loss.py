@@ -15,7 +15,10 @@ from tests.ranks import run_ranks
 from tests.text import batch, held_out, tiny_llama
 
 pytestmark = pytest.mark.deepspeed
-STEPS = 20
+# So few that chaos is small: weights changed by 1e-3 of themselves at both changes move the loss by 0.0011 (standard
+# deviation of 6), which makes 0.0016 for a difference. Optimizer state that is lost at the second change moves it by
+# 0.13, and makes it lower, as longer steps do so early: hence a distance to both sides.
+STEPS = 8
 SETTINGS = {"lr": 4e-3, "window_size": 2, "density": 0.05}
 
 

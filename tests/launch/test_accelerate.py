@@ -75,14 +75,18 @@ def test_trains_and_resumes_exactly(config: str, shard_state: str | None, text: 
 
 
 def test_engines_reach_the_same_loss(text: Path, tmp_path: Path) -> None:
-    """The same data and seed on two ranks; bf16, fp32 weights or an fp32 copy of them."""
+    """The same data and seed on two ranks; bf16, fp32 weights or an fp32 copy of them.
+
+    So few steps that chaos has hardly begun: weights changed by 1e-4 of themselves at the start move the loss by 0.0006
+    (standard deviation of 8; 0.0028 after 60 steps). A learning rate 10 % higher moves it by 0.074.
+    """
     losses = {}
     for config in ("ddp", "fsdp1", "fsdp2", "deepspeed_zero2", "deepspeed_zero3"):
-        run = options(text, tmp_path / config, steps=60, save_steps=None)
+        run = options(text, tmp_path / config, steps=30, save_steps=None)
         metrics = train_under(config, run)
         assert (metrics["engine"], metrics["world_size"]) == (ENGINES[config], 2)
         losses[config] = metrics["heldout_after"]
-        assert losses[config] < metrics["heldout_before"] - 1
+        assert losses[config] < metrics["heldout_before"] - 0.5
     print("held-out nats per token:", {config: round(loss, 4) for config, loss in losses.items()})
     del losses["deepspeed_zero3"]  # cuts blocks of every matrix
     assert max(losses.values()) - min(losses.values()) < 0.01
