@@ -141,6 +141,9 @@ def build_trainer(
     class MicroAdamTrainer(ShardedStateMixin, Trainer):
         """Its checkpoints hold the optimizer's state under FSDP1 and --shard-state, too."""
 
+        def report_elastic(self, message: str) -> None:
+            console.print(escape(message))
+
         def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
             # Trainer logs it even without clipping.
             return None if options.gradient_release else super()._get_grad_norm(*args, **kwargs)

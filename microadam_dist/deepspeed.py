@@ -8,14 +8,16 @@ in any case. DeepSpeed looks an unknown optimizer type up in `torch.optim`, and 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .checkpoint.deepspeed import DeepSpeedCheckpoint, RankFiles, in_file, read_checkpoint
-from .checkpoint.reshard import Resharder
+from .checkpoint.match import match_module
+from .checkpoint.training import Read, SavedTraining
 from .engines.collectives import process_rank, raise_together
 from .engines.deepspeed import (
     NativeLoad,
@@ -24,11 +26,11 @@ from .engines.deepspeed import (
     filled_param_groups,
     frozen_parameters,
     load_untrained,
-    module_tensors,
     publish_master_weights,
     whitelist,
     written_stage,
 )
+from .engines.names import module_tensors
 from .errors import CheckpointMismatchError
 from .optimizer import MicroAdam
 
@@ -90,23 +92,48 @@ def load_checkpoint(engine: Any, folder: str | Path, tag: str | None = None) -> 
         CheckpointMismatchError: A file is missing, damaged or foreign, or the checkpoint belongs to another model.
             Raised on every rank; the engine is as it was.
     """
+    with raise_together():
+        checkpoint = read_checkpoint(folder, tag, process_rank())
+    load_training(engine, lambda _: checkpoint.training())
+    return str(checkpoint.folder), _load_counters(engine, checkpoint)
+
+
+def load_training(engine: Any, read: Read) -> SavedTraining:
+    """Load weights, state and settings of any engine into a DeepSpeed engine; every rank calls it.
+
+    Args:
+        engine: An engine around `MicroAdam`.
+        read: Reads what was saved. Its settings are loaded if it has as many param groups.
+
+    Returns:
+        What ``read`` has given.
+
+    Raises:
+        CheckpointMismatchError: It does not fit. Raised on every rank; the engine is as it was.
+    """
     optimizer: MicroAdam = engine.basic_optimizer
     with filled_param_groups(engine):
         with raise_together():
-            checkpoint = read_checkpoint(folder, tag, process_rank())
-            resharder = Resharder(checkpoint.sources())
-            _require_same_tensors(engine, resharder.shapes, checkpoint.folder, frozen_may_be_missing=True)
+            saved = read(process_rank())
+            match_module(*_module_tensors(engine), saved.weights.shapes, saved.origin, frozen_parameters(engine))
             layouts = optimizer.sharded.layouts()
-            states = {p: resharder.state(layout) for p, layout in layouts.items()}
+            states = dict(zip(layouts, saved.states(list(layouts.values())), strict=True))
         optimizer.sharded.load_shards(states)
         for p, layout in layouts.items():
-            resharder.weights(layout, p.detach().view(-1))
-        if len(checkpoint.param_groups) == len(optimizer.param_groups):  # otherwise their settings are the user's
-            optimizer.sharded.load_group_settings(checkpoint.param_groups)
+            saved.weights.weights(layout, p.detach().view(-1))
+        if len(saved.param_groups) == len(optimizer.param_groups):  # otherwise their settings are the user's
+            optimizer.sharded.load_group_settings(saved.param_groups)
     trained = {named.fqn for group in optimizer.names.sharded or () for named in group}
-    load_untrained(engine, ((name, resharder.whole(name)) for name in resharder.shapes if name not in trained))
+    untrained = (name for name in saved.weights.shapes if name not in trained)
+    load_untrained(engine, ((name, saved.weights.whole(name)) for name in untrained))
     publish_master_weights(engine)
-    return str(checkpoint.folder), _load_counters(engine, checkpoint)
+    return saved
+
+
+def _module_tensors(engine: Any) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
+    """The module's tensors and their whole shapes, by name."""
+    tensors = module_tensors(engine.module)
+    return tensors, {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in tensors.items()}
 
 
 @before_native_load
@@ -120,7 +147,7 @@ def _check_native_load(engine: Any, load: NativeLoad) -> None:
     with filled_param_groups(engine), raise_together():
         files = RankFiles.read(load.folder, load.tag, data_parallel_rank(engine))
         if load.module:
-            _require_same_tensors(engine, files.shapes, files.path.parent, frozen_may_be_missing=False)
+            match_module(*_module_tensors(engine), files.shapes, files.path.parent)
         if load.optimizer:
             _require_same_cut(engine, files)
             with in_file(files.path):
@@ -136,30 +163,6 @@ def _require_same_cut(engine: Any, files: RankFiles) -> None:
             f"{files.path.parent} was written by {written[1]} ranks under ZeRO stage {written[0]}, and this is stage "
             f"{here[0]} on {here[1]}. Load it with microadam_dist.deepspeed.load_checkpoint(engine, {str(folder)!r}, "
             f"{tag!r}), or rewrite it with `microadam reshard`."
-        )
-
-
-def _require_same_tensors(
-    engine: Any, saved: Mapping[str, tuple[int, ...]], folder: Path, *, frozen_may_be_missing: bool
-) -> None:
-    """The module and the checkpoint must have the same tensors, trained or frozen, in either.
-
-    With ``frozen_may_be_missing`` the checkpoint may have been saved without any frozen parameter, as Trainer saves
-    adapters: those stay as they are.
-    """
-    own = module_tensors(engine)
-    shapes = {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in own.items()}
-    there = {id(tensor) for name, tensor in own.items() if name in saved}  # tied ones may be saved under one name
-    missing = [name for name, tensor in own.items() if id(tensor) not in there]
-    frozen = frozen_parameters(engine)
-    if frozen_may_be_missing and frozen.isdisjoint(saved):
-        missing = [name for name in missing if name not in frozen]
-    differing = [name for name in saved if shapes.get(name) != saved[name]] + missing
-    if differing:
-        name = differing[0]
-        raise CheckpointMismatchError(
-            f"{len(differing)} tensors differ, such as {name!r}: {shapes.get(name, 'not there')} in the model, "
-            f"{saved.get(name, 'not there')} in {folder}. It belongs to another model."
         )
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import io
 import json
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,13 +83,10 @@ class SavedState:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        from torch.distributed.checkpoint.filesystem import FileSystemReader
-
         self._folder = folder
         try:
-            self._metadata = FileSystemReader(folder).read_metadata()
-            header = json.loads(self._load({LAYOUT_KEY: ""})[LAYOUT_KEY])
-            self._read_header(header)
+            self._keys = list(read_metadata(folder).state_dict_metadata)
+            self._read_header(json.loads(load_entries(folder, {LAYOUT_KEY: ""})[LAYOUT_KEY]))
         except CheckpointMismatchError:
             raise
         except Exception as error:
@@ -110,7 +107,7 @@ class SavedState:
         }
         self._stored_names = {plain_fqn(name): name for name in header["parameters"]}  # 0.1.0 kept DDP's "module."
         self._intervals: dict[str, set[tuple[int, int]]] = defaultdict(set)
-        for key in self._metadata.state_dict_metadata:
+        for key in self._keys:
             if key != LAYOUT_KEY:
                 fqn, interval, _ = key.rsplit("|", 2)
                 start, end = map(int, interval.split("-"))
@@ -120,36 +117,39 @@ class SavedState:
         """State of local tensors with these layouts, flat, on the CPU; None for one that was never stepped.
 
         Args:
-            layouts: Of all tensors in the param groups, in order; each of one span.
+            layouts: Of all tensors in the param groups, in order.
 
         Raises:
             CheckpointMismatchError: A parameter is not there, or its shape or settings differ.
         """
         layouts = self._renamed(layouts)
-        needed = {layout.spans[0]: self._overlapping(layout.spans[0]) for layout in layouts}
-        wanted: dict[str, Tensor] = {}
-        for source in {source for sources in needed.values() for source in sources if self._is_stepped(source)}:
+        needed = [[source for span in layout.spans for source in self._overlapping(span)] for layout in layouts]
+        wanted: dict[str, Any] = {}
+        for source in {source for sources in needed for source in sources if self._is_stepped(source)}:
             wanted[self._key(source.spans[0], "step")] = torch.zeros((), dtype=torch.int64)
             for name, (dtype, numel) in state_specs(source).items():
                 wanted[self._key(source.spans[0], name)] = torch.empty(numel, dtype=dtype)
         try:
-            self._load(wanted)
+            load_entries(self._folder, wanted)
         except CheckpointMismatchError:
             raise
         except Exception as error:
             raise CheckpointMismatchError(f"{self._folder} is damaged: {error}") from error
-        return [Resharder(self._shards(needed[layout.spans[0]], wanted)).state(layout) for layout in layouts]
+        return [
+            Resharder(self._shards(sources, wanted)).state(layout)
+            for layout, sources in zip(layouts, needed, strict=True)
+        ]
 
     def _renamed(self, layouts: Sequence[StateLayout]) -> Sequence[StateLayout]:
         """The same layouts with the names that the parameters have in the file."""
-        names, saved = [layout.spans[0].fqn for layout in layouts], list(self._parameters)
-        if not (are_positions(names) or are_positions(saved)):
+        spans, saved = [span for layout in layouts for span in layout.spans], list(self._parameters)
+        if not (are_positions([span.fqn for span in spans]) or are_positions(saved)):
             return layouts
-        shapes, saved_shapes = [layout.spans[0].global_shape for layout in layouts], [*self._shapes.values()]
-        if shapes != saved_shapes:
+        shapes, saved_shapes = [span.global_shape for span in spans], [shape for shape, _ in self._parameters.values()]
+        if shapes != saved_shapes or len(layouts) != len(spans):  # flat shards are in an order of their own
             first = next((i for i, pair in enumerate(zip(shapes, saved_shapes, strict=False)) if pair[0] != pair[1]), 0)
             raise CheckpointMismatchError(
-                f"parameters are found by position here, and there are {len(saved)} in {self._folder} and {len(names)} "
+                f"parameters are found by position here, and there are {len(saved)} in {self._folder} and {len(spans)} "
                 f"in the optimizer, of other shapes from position {first} on. It belongs to another model, or was "
                 "saved with the parameters in another order: construct both with model.named_parameters()."
             )
@@ -157,10 +157,6 @@ class SavedState:
             replace(layout, spans=(replace(layout.spans[0], fqn=name),))
             for layout, name in zip(layouts, saved, strict=True)
         ]
-
-    @property
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: shape for name, (shape, _) in self._parameters.items()}
 
     def _overlapping(self, span: ShardSpan) -> list[StateLayout]:
         """The saved intervals an interval is cut from."""
@@ -197,21 +193,30 @@ class SavedState:
     def _key(self, span: ShardSpan, name: str) -> str:
         return _key(self._stored_names[span.fqn], span, name)
 
-    def _load(self, wanted: dict[str, Any]) -> dict[str, Any]:
-        from torch.distributed.checkpoint.state_dict_loader import load
 
-        self._require_intact(wanted)
-        load(wanted, checkpoint_id=self._folder, no_dist=True)  # every rank reads what it needs
-        return wanted
+def read_metadata(folder: str | Path) -> Any:
+    """What a folder of `torch.distributed.checkpoint` says about its entries."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
 
-    def _require_intact(self, keys: Collection[str]) -> None:
-        """Compare what is stored under these keys with its checksums."""
-        for index, place in self._metadata.storage_data.items():
-            if index.fqn in keys:
-                path = Path(self._folder, place.relative_path)
-                with path.open("rb") as file:
-                    file.seek(place.offset)
-                    require_intact(io.BytesIO(file.read(place.length)), f"{index.fqn!r} in {path}")
+    return FileSystemReader(folder).read_metadata()
+
+
+def load_entries(folder: str | Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    """Fill tensors, and replace other values, from such a folder; every rank reads what it needs.
+
+    Raises:
+        CheckpointMismatchError: What is stored under a key differs from its checksums.
+    """
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    for index, place in read_metadata(folder).storage_data.items():
+        if index.fqn in wanted:
+            path = Path(folder, place.relative_path)
+            with path.open("rb") as file:
+                file.seek(place.offset)
+                require_intact(io.BytesIO(file.read(place.length)), f"{index.fqn!r} in {path}")
+    load(wanted, checkpoint_id=folder, no_dist=True)
+    return wanted
 
 
 def _key(fqn: str, span: ShardSpan, name: str) -> str:

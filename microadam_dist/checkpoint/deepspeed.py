@@ -26,7 +26,8 @@ from ..errors import CheckpointMismatchError
 from ..layout import ShardSpan, StateLayout, plain_fqn
 from .format import LAYOUT_KEY, read_layouts
 from .integrity import require_intact
-from .reshard import SourceShard
+from .reshard import Resharder, SourceShard
+from .training import SavedTraining
 
 _OPTIM_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
@@ -85,6 +86,13 @@ class DeepSpeedCheckpoint:
             for name, tensor in self.untrained_tensors().items()
         ]
         return [*untrained, *(shard for shards in self.shards for shard in shards)]
+
+    def training(self) -> SavedTraining:
+        """All of it, to be loaded into any engine."""
+        first, resharder = self.model_states[0], Resharder(self.sources())
+        engine = f"ZeRO-{self.stage} on {first['dp_world_size']} ranks"
+        scheduler = first.get("lr_scheduler")
+        return SavedTraining(self.folder, engine, resharder, resharder.states, self.param_groups, scheduler)
 
     @property
     def loss_scaler(self) -> Any:
@@ -147,6 +155,13 @@ class CheckpointFiles:
         if not files.model:
             raise CheckpointMismatchError(f"{files.folder} holds no *_model_states.pt: it is no DeepSpeed checkpoint.")
         return files
+
+    @property
+    def stage(self) -> int:
+        """The ZeRO stage that wrote them; 2 stands for 1, too."""
+        if not self.optim:
+            return 0
+        return 3 if _MODEL_FILE.fullmatch(self.model[0].name)[1] else 2  # type: ignore[index]  # it was found by it
 
     def require_all_ranks(self, model_states: Mapping[str, Any]) -> None:
         """Raise a CheckpointMismatchError if the last ranks' files are missing."""

@@ -6,6 +6,7 @@ copied.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -39,7 +40,7 @@ def reshard_checkpoint(
     """Write the checkpoint in ``source`` for ``world_size`` ranks to ``target``, and verify what was written.
 
     Args:
-        source: A checkpoint folder of ZeRO stage 1, 2 or 3.
+        source: A checkpoint folder of ZeRO stage 1, 2 or 3. Other files in it, as Trainer puts there, are copied.
         target: A folder that does not exist yet; it appears only when it is complete.
         world_size: Number of data-parallel ranks to write for.
         tag: Which checkpoint in ``source``; the newest by default.
@@ -71,6 +72,9 @@ def reshard_checkpoint(
         (folder.parent / "latest").write_text(checkpoint.folder.name)
         rebuilt = writer.resharder.rebuilt
         _verify(checkpoint, read_checkpoint(folder.parent), rebuilt, progress)
+        for path in Path(source).iterdir():  # Trainer's own, so that it takes the result for a checkpoint
+            if path.is_file() and path.name != "latest":
+                shutil.copy2(path, folder.parent / path.name)
         folder.parent.rename(target)
     return rebuilt
 

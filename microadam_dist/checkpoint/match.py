@@ -6,7 +6,8 @@ Every answer but yes is an error.
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -89,6 +90,37 @@ def match_spans(saved: StateLayout, layout: StateLayout, name: str) -> None:
             f"the checkpoint's state of parameter {name} describes another shard: (shape, start, length, offset) "
             f"{theirs}, here {ours}. It was written with another number of ranks, another sharding or for another "
             "model. Under DeepSpeed, microadam_dist.deepspeed.load_checkpoint loads it on any number of ranks."
+        )
+
+
+def match_module(
+    module: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    saved: Mapping[str, tuple[int, ...]],
+    where: Path,
+    frozen: Set[str] = frozenset(),
+) -> None:
+    """A module and a checkpoint must have the same tensors, trained or frozen, in either.
+
+    Args:
+        module: The module's tensors; one that is tied may be saved under any of its names.
+        shapes: Of the same, whole.
+        saved: Shapes of those in the checkpoint.
+        where: The checkpoint.
+        frozen: Names of parameters that it may lack, all of them: Trainer saves adapters without the frozen rest.
+
+    Raises:
+        CheckpointMismatchError: Names one that differs.
+    """
+    there = {id(tensor) for name, tensor in module.items() if name in saved}
+    missing = [name for name, tensor in module.items() if id(tensor) not in there]
+    if frozen.isdisjoint(saved):
+        missing = [name for name in missing if name not in frozen]
+    if differing := [name for name in saved if shapes.get(name) != saved[name]] + missing:
+        name = differing[0]
+        raise CheckpointMismatchError(
+            f"{len(differing)} tensors differ, such as {name!r}: {shapes.get(name, 'not there')} in the model, "
+            f"{saved.get(name, 'not there')} in {where}. It belongs to another model."
         )
 
 

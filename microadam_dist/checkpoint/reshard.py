@@ -139,6 +139,10 @@ class Resharder:
                         self.rebuilt.append((span.fqn, start, end))
         return {"step": torch.tensor(target.step), **state}
 
+    def states(self, layouts: Sequence[StateLayout]) -> list[dict[str, Tensor] | None]:
+        """`state` of each."""
+        return [self.state(layout) for layout in layouts]
+
     def _cover(self, span: ShardSpan) -> Iterator[_Piece]:
         """Disjoint pieces that make up the span, in order."""
         position, end = span.start, span.start + span.numel

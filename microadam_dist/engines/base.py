@@ -12,7 +12,7 @@ from torch import Tensor
 from ..config import MicroAdamConfig, check_flag
 from ..errors import ConfigError, UnsupportedLayoutError
 from ..layout import WINDOW_TENSORS, ShardSpan, StateLayout
-from .dtensors import require_plain
+from .dtensors import is_dtensor, require_plain
 from .names import ParameterNames
 
 if TYPE_CHECKING:
@@ -126,9 +126,9 @@ class Shard:
         """Whether `wrap` and `unwrap` change nothing."""
         return True
 
-    def is_other_rank_part(self, state: Any) -> bool:
-        """Whether a state tensor is what another rank has under this name: one rank has saved, and all have loaded."""
-        return False
+    def is_other_part(self, state: Any) -> bool:
+        """Whether a state tensor is a part that is not this rank's: one rank has saved, and other ranks have loaded."""
+        return isinstance(state, Tensor) and is_dtensor(state)
 
     @property
     def sharding_group(self) -> dist.ProcessGroup | None:

@@ -13,7 +13,6 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +23,7 @@ from ..errors import ConfigError, UnsupportedLayoutError
 from ..layout import ShardSpan, plain_fqn
 from . import deepspeed_sparse
 from .base import ExchangingOptimizer, Place, Shard
-from .names import NamedParameter
+from .names import NamedParameter, module_tensors
 
 
 def whitelist(optimizer_class: type) -> None:
@@ -308,18 +307,6 @@ def publish_master_weights(engine: Any) -> None:
                 param.data.copy_(master.data)
 
 
-def module_tensors(engine: Any) -> dict[str, Tensor]:
-    """The module's parameters and those of its buffers that are saved, by the names that spans have.
-
-    Tied parameters are there under each of their names.
-    """
-    saved = {plain_fqn(name) for name in engine.module.state_dict()}
-    named = chain(
-        engine.module.named_parameters(remove_duplicate=False), engine.module.named_buffers(remove_duplicate=False)
-    )
-    return {plain: tensor for name, tensor in named if (plain := plain_fqn(name)) in saved}
-
-
 def frozen_parameters(engine: Any) -> set[str]:
     """Names of the module's parameters that DeepSpeed has left to nobody: they required no gradient then."""
     trained = {named.fqn for group in engine.basic_optimizer.names.sharded for named in group}
@@ -342,7 +329,7 @@ def load_untrained(engine: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Copy whole tensors into those of the module; under ZeRO-3 into each rank's part. Call it on every rank."""
     import deepspeed
 
-    own = module_tensors(engine)
+    own = module_tensors(engine.module)
     with torch.no_grad():
         for name, tensor in tensors:
             gathered = hasattr(own[name], "ds_id")

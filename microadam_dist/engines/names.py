@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..layout import plain_fqn
 
@@ -41,6 +41,16 @@ class NamedParameter:
 def named(fqn: str, shape: tuple[int, ...], param: Tensor | None) -> NamedParameter:
     """A name and what it stands for."""
     return NamedParameter(fqn, shape, (lambda: None) if param is None else weakref.ref(param))
+
+
+def module_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Its parameters and those of its buffers that are saved, by the names that spans have; tied ones by each name."""
+    tensors: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
+    for prefix, owner in module.named_modules(remove_duplicate=False):
+        for name, buffer in owner.named_buffers(prefix, recurse=False):
+            if name.rpartition(".")[2] not in owner._non_persistent_buffers_set:
+                tensors[name] = buffer
+    return {plain_fqn(name): tensor for name, tensor in tensors.items()}
 
 
 class ParameterNames:

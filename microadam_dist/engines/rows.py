@@ -51,10 +51,12 @@ class RowShard(Shard):
         """It is kept in DTensors."""
         return False
 
-    def is_other_rank_part(self, state: Any) -> bool:
-        """A DTensor that was pickled remembers the place of the rank in the mesh."""
+    def is_other_part(self, state: Any) -> bool:
+        """A DTensor that was pickled remembers its mesh, and the place of the rank in it."""
         if not isinstance(state, Tensor) or not is_dtensor(state):
             return False
+        if (state.device_mesh, state.placements) != (self.mesh, self.placements):
+            return True
         places = [mesh.get_coordinate() or () for mesh in (state.device_mesh, self.mesh)]
         sharded = [axis for axis, placement in enumerate(self.placements) if placement.is_shard()]
         return any(place[axis : axis + 1] != places[1][axis : axis + 1] for place in places for axis in sharded)

@@ -325,16 +325,17 @@ class ShardedState:
         """Whether what was saved is a note in the place of the state, or the part of another rank."""
         if not isinstance(saved, Mapping):
             return False
-        return APART_KEY in saved or any(self._shards[p].is_other_rank_part(state) for state in saved.values())
+        return APART_KEY in saved or any(self._shards[p].is_other_part(state) for state in saved.values())
 
     def _require_loaded_apart(self, loaded: Mapping[Tensor, Mapping[str, Any]]) -> None:
         """Such a state dict is loaded in silence only together with the state itself."""
         same = all(int(self._state[p]["step"]) == int(loaded[p]["step"]) for p in loaded if self._state.get(p))
         if not (self.loads_shards_later or (self._has_loaded_shards and same)):
             raise CheckpointMismatchError(
-                "this state dict holds no MicroAdam state for this rank: it was saved under FSDP1, or by another rank. "
-                f"The state was {APART}: call microadam_dist.load_sharded(optimizer, folder) with the folder of the "
-                "same step, and load this state dict after it or not at all."
+                "this state dict holds no MicroAdam state for this rank: it was saved under FSDP1, by another rank, or "
+                f"by ranks that share the state in another way. What was {APART} is for any ranks: call "
+                "microadam_dist.load_sharded(optimizer, folder) with the folder of the same step, and load this state "
+                "dict after it or not at all. Of FSDP2 load what torch.distributed.checkpoint has saved; it reshards."
             )
 
     def _copy_state(self, p: Tensor, layout: StateLayout, saved: Mapping[str, Any]) -> dict[str, Any]:

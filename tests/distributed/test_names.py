@@ -14,7 +14,9 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.nn.parallel import DistributedDataParallel
 
 from microadam_dist import CheckpointMismatchError, MicroAdam, load_sharded, save_sharded
-from microadam_dist.checkpoint.reshard import SourceShard
+from microadam_dist.checkpoint.reshard import Resharder, SourceShard
+from microadam_dist.checkpoint.training import SavedTraining
+from microadam_dist.optimizer.training import load_training
 from tests.checkpoint.blocks import blocks, dense
 from tests.ranks import run_ranks
 
@@ -112,6 +114,27 @@ def _load_each_other(rank: int, world_size: int, folder: Path) -> None:
             optimizer = _optimizer(model)
             load_sharded(optimizer, folder / source)
             _assert_same_state(optimizer, plain, cut="FSDP1" in kind + source)
+        _load_from_one_process(model, plain, kind)
+
+
+def _load_from_one_process(model: nn.Module, plain: MicroAdam, kind: str) -> None:
+    """Weights and state, as a training of one process has saved them."""
+    layouts = plain.sharded.layouts()
+    sources = [
+        SourceShard(layout, plain.sharded.flat_state(p), p.detach().flatten(), "") for p, layout in layouts.items()
+    ]
+    resharder = Resharder(sources)
+    saved = SavedTraining(Path("one"), "one process", resharder, resharder.states, plain.param_groups, None)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    optimizer = _optimizer(model)
+    load_training(model, optimizer, lambda share: saved)
+    _assert_same_state(optimizer, plain, cut="FSDP1" in kind)
+    for p, layout in optimizer.sharded.layouts().items():
+        (span,) = layout.spans
+        expected = resharder.whole(span.fqn).flatten()[span.start : span.start + span.numel]
+        assert torch.equal(optimizer.sharded.shard(p).param.detach().flatten(), expected), (kind, span)
 
 
 def test_wrapped_models_load_each_others_sharded_files(tmp_path: Path) -> None:

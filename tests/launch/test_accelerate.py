@@ -19,6 +19,7 @@ from torch import Tensor
 from microadam_dist import CheckpointMismatchError, MicroAdam
 from microadam_dist.integrations.sharded import keep_sharded_state
 from tests.launch import accelerate_cpu
+from tests.launch.accelerate_engines import CONFIGS, train_under
 from tests.launch.runs import ROOT, assert_same_run, loaded_numel
 from tests.launch.runs import options_with_checkpoints as options
 from tests.launch.runs import train as train_rank
@@ -26,7 +27,6 @@ from tests.ranks import RankError, run_ranks
 from tests.text import batch, tiny_llama
 
 pytestmark = pytest.mark.deepspeed
-CONFIGS = {path.stem: path for path in sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))}
 ENGINES = {
     "ddp": "DDP",
     "deepspeed_zero2": "ZeRO-2",
@@ -39,24 +39,6 @@ ENGINES = {
 
 def test_every_config_is_run() -> None:
     assert CONFIGS.keys() == ENGINES.keys()
-
-
-def _train_under(rank: int, world_size: int, config: Path, run: dict[str, Any]) -> None:
-    os.chdir(ROOT)  # paths in the files are relative to it
-    environment = accelerate_cpu.environment(config, world_size)
-    environment.pop("ACCELERATE_USE_CPU", None)
-    json_path = environment.pop("ACCELERATE_DEEPSPEED_CONFIG_FILE", None)
-    if environment.pop("ACCELERATE_USE_DEEPSPEED", None):
-        run = {**run, "deepspeed": ROOT / json_path}
-    os.environ.update(environment)
-    accelerate_cpu.enable_fsdp()
-    train_rank(rank, world_size, run)
-
-
-def train_under(config: str, run: dict[str, Any], num_ranks: int = 2) -> dict[str, Any]:
-    run_ranks(_train_under, 1 if config == "single_gpu" else num_ranks, CONFIGS[config], run)
-    metrics: dict[str, Any] = json.loads((run["output"] / "metrics.json").read_text())
-    return metrics
 
 
 @pytest.mark.parametrize(

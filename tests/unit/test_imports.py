@@ -42,6 +42,7 @@ LAZILY = {
     "deepspeed": "engines.deepspeed* checkpoint.deepspeed deepspeed",
     "accelerate": "integrations.*",
     "huggingface_hub": "cli.plan",
+    "safetensors": "checkpoint.trainer",
     "matplotlib": "planner.plot bench.plot diagnostics.report",
     "cuda": "backends.cuda backends.nvrtc",
 }
