@@ -6,7 +6,6 @@ leaves on the model's parameters; facts about its internals were measured with d
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,8 +19,9 @@ from torch import Tensor
 
 from ..errors import ConfigError, UnsupportedLayoutError
 from ..layout import ShardSpan, plain_fqn
-from . import deepspeed_sparse
+from . import deepspeed_fragments, deepspeed_sparse
 from .base import ExchangingOptimizer, Place, Shard
+from .deepspeed_fragments import filled_param_groups as filled_param_groups
 from .names import NamedParameter
 
 
@@ -44,11 +44,12 @@ def _hook_initialize() -> None:
     """Look at every engine that is built around one of our optimizers.
 
     `DeepSpeedEngine._do_optimizer_sanity_check` gets the optimizer when the configuration is complete and before ZeRO
-    replaces its parameters; there is no public hook at that point.
+    replaces its parameters; `_configure_optimizer`, which calls it, has wrapped it when it returns. There is no public
+    hook at these points.
     """
     from deepspeed.runtime.engine import DeepSpeedEngine
 
-    original = DeepSpeedEngine._do_optimizer_sanity_check
+    original, original_configure = DeepSpeedEngine._do_optimizer_sanity_check, DeepSpeedEngine._configure_optimizer
     if hasattr(original, "looks_for_microadam"):
         return
 
@@ -70,8 +71,15 @@ def _hook_initialize() -> None:
             deepspeed_sparse.prepare(engine, wrapper)
         return wrapper
 
+    @functools.wraps(original_configure)
+    def configure_optimizer(engine: Any, *args: Any, **kwargs: Any) -> None:
+        original_configure(engine, *args, **kwargs)
+        if type(engine.basic_optimizer) in _known_classes:
+            deepspeed_fragments.install(engine)
+
     sanity_check.looks_for_microadam = True  # type: ignore[attr-defined]
     DeepSpeedEngine._do_optimizer_sanity_check = sanity_check
+    DeepSpeedEngine._configure_optimizer = configure_optimizer
 
 
 def refuse_unsupported(engine: Any) -> None:
@@ -218,20 +226,6 @@ def _master_copy(place: Place, trained: Sequence[NamedParameter]) -> Shard | Non
     if len(trained) != place.group_size or trained[place.position].shape != tuple(place.tensor.shape):
         return None
     return Shard(place.tensor, (ShardSpan.whole(trained[place.position].fqn, tuple(place.tensor.shape)),))
-
-
-@contextlib.contextmanager
-def filled_param_groups(engine: Any) -> Iterator[None]:
-    """ZeRO-3 keeps the base optimizer's param groups empty between steps; inside this they hold the shards."""
-    zero = engine.optimizer
-    if not hasattr(zero, "_set_fp32_optimizer_param_groups"):
-        yield
-        return
-    zero._set_fp32_optimizer_param_groups()
-    try:
-        yield
-    finally:
-        zero._clear_fp32_optimizer_param_groups()
 
 
 def publish_master_weights(engine: Any) -> None:
