@@ -44,12 +44,12 @@ def _hook_initialize() -> None:
     """Look at every engine that is built around one of our optimizers.
 
     `DeepSpeedEngine._do_optimizer_sanity_check` gets the optimizer when the configuration is complete and before ZeRO
-    replaces its parameters; `_configure_optimizer`, which calls it, has wrapped it when it returns. There is no public
-    hook at these points.
+    replaces its parameters, which `_configure_zero_optimizer` and `_configure_bf16_optimizer` do then; there are no
+    public hooks at these points.
     """
     from deepspeed.runtime.engine import DeepSpeedEngine
 
-    original, original_configure = DeepSpeedEngine._do_optimizer_sanity_check, DeepSpeedEngine._configure_optimizer
+    original = DeepSpeedEngine._do_optimizer_sanity_check
     if hasattr(original, "looks_for_microadam"):
         return
 
@@ -71,15 +71,20 @@ def _hook_initialize() -> None:
             deepspeed_sparse.prepare(engine, wrapper)
         return wrapper
 
-    @functools.wraps(original_configure)
-    def configure_optimizer(engine: Any, *args: Any, **kwargs: Any) -> None:
-        original_configure(engine, *args, **kwargs)
-        if type(engine.basic_optimizer) in _known_classes:
-            deepspeed_fragments.install(engine)
+    def with_fragments(configure: Any) -> Any:
+        @functools.wraps(configure)
+        def configure_and_install(engine: Any, optimizer: Any) -> Any:
+            wrapped = configure(engine, optimizer)
+            if type(optimizer) in _known_classes:
+                deepspeed_fragments.install(engine, wrapped)
+            return wrapped
+
+        return configure_and_install
 
     sanity_check.looks_for_microadam = True  # type: ignore[attr-defined]
     DeepSpeedEngine._do_optimizer_sanity_check = sanity_check
-    DeepSpeedEngine._configure_optimizer = configure_optimizer
+    for name in ("_configure_zero_optimizer", "_configure_bf16_optimizer"):
+        setattr(DeepSpeedEngine, name, with_fragments(getattr(DeepSpeedEngine, name)))
 
 
 def refuse_unsupported(engine: Any) -> None:

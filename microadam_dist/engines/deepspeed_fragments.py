@@ -24,13 +24,15 @@ from ..layout import DENSE_TENSORS, ShardSpan
 from .base import StatefulOptimizer
 
 
-def install(engine: Any) -> None:
-    """Replace the accessors of an engine whose optimizer has just been wrapped; of one without ZeRO there are none."""
-    zero = engine.optimizer
-    if hasattr(zero, "fp32_partitioned_groups_flat"):
-        _install_stage3(zero, Moments(engine))
-    elif hasattr(zero, "_link_all_hp_params"):  # stages 1 and 2, BF16_Optimizer
-        _install_stage1_2(zero, Moments(engine))
+def install(engine: Any, zero: Any) -> None:
+    """Replace the accessors of an engine that is being built.
+
+    Args:
+        engine: It has our optimizer.
+        zero: What it has just wrapped around it: one of the ZeRO optimizers, or BF16_Optimizer.
+    """
+    install_in = _install_stage3 if hasattr(zero, "fp32_partitioned_groups_flat") else _install_stage1_2
+    install_in(zero, Moments(engine))
 
 
 def _install_stage1_2(zero: Any, moments: Moments) -> None:

@@ -224,10 +224,6 @@ def _local_parts(rank: int, world_size: int) -> None:
     engine.destroy()
 
 
-def test_local_parts_under_zero3() -> None:
-    run_ranks(_local_parts, 2)
-
-
 def calls(engine: Any) -> Iterator[tuple[str, str, Callable[[], Any]]]:
     """(parameter, key, call): all of what there is not."""
     from deepspeed import utils
@@ -299,5 +295,10 @@ def _weights_and_gradients(rank: int, world_size: int) -> None:
         engine.destroy()
 
 
-def test_weights_and_gradients_stay_what_deepspeed_gives() -> None:
-    run_ranks(_weights_and_gradients, 2)
+def _what_deepspeed_gives(rank: int, world_size: int) -> None:
+    _weights_and_gradients(rank, world_size)
+    _local_parts(rank, world_size)
+
+
+def test_weights_and_gradients_stay_what_deepspeed_gives_and_local_parts() -> None:
+    run_ranks(_what_deepspeed_gives, 2)
