@@ -77,6 +77,8 @@ def _hook_initialize() -> None:
             wrapped = configure(engine, optimizer)
             if type(optimizer) in _known_classes:
                 deepspeed_fragments.install(engine, wrapped)
+                if hasattr(wrapped, "fp32_partitioned_groups_flat"):
+                    _refuse_offloading_state(wrapped)
             return wrapped
 
         return configure_and_install
@@ -85,6 +87,24 @@ def _hook_initialize() -> None:
     DeepSpeedEngine._do_optimizer_sanity_check = sanity_check
     for name in ("_configure_zero_optimizer", "_configure_bf16_optimizer"):
         setattr(DeepSpeedEngine, name, with_fragments(getattr(DeepSpeedEngine, name)))
+
+
+def _refuse_offloading_state(zero: Any) -> None:
+    """ZeRO-3 can move Adam's two moments only, and forbids the rest by an ``assert``, which may be switched off."""
+    original = zero.offload_states
+
+    @functools.wraps(original)
+    def offload_states(include: Any = None, *args: Any, **kwargs: Any) -> None:
+        refused = [state for state in ("optim_states", "hp_params") if include is None or state in include]
+        if refused:
+            raise ConfigError(
+                f"engine.offload_states() of {' and '.join(refused)} does not work with MicroAdam under ZeRO-3: "
+                "DeepSpeed knows them of its FusedAdam only. Nothing has been moved; name others in include "
+                "(lp_params, lp_grads, contiguous_grad_buffer), use ZeRO-2, or zero_optimization.offload_optimizer."
+            )
+        original(include, *args, **kwargs)
+
+    zero.offload_states = offload_states
 
 
 def refuse_unsupported(engine: Any) -> None:
