@@ -23,13 +23,13 @@ from .engines.deepspeed import (
     NativeLoad,
     before_native_load,
     data_parallel_rank,
-    filled_param_groups,
     frozen_parameters,
     load_untrained,
     publish_master_weights,
     whitelist,
     written_stage,
 )
+from .engines.deepspeed_fragments import filled_param_groups
 from .engines.names import module_tensors
 from .errors import CheckpointMismatchError
 from .optimizer import MicroAdam

@@ -289,3 +289,26 @@ class ExchangingOptimizer(Protocol):
     names: ParameterNames
     exchange_settings: ExchangeSettings
     exchanged_bytes: ExchangedBytes
+
+
+class ShardStates(Protocol):
+    """The state of an optimizer's tensors; see `optimizer.sharded_state`."""
+
+    def layouts(self) -> Mapping[Tensor, StateLayout]:
+        """What each tensor in the param groups holds, whether it has state yet or not."""
+
+    def flat_state(self, p: Tensor) -> Mapping[str, Tensor] | None:
+        """The state tensors of one of them, flat, not copies; None when it has none."""
+
+    def made_state(self, p: Tensor) -> Mapping[str, Tensor]:
+        """The same, of zeros when it had none."""
+
+
+class StatefulOptimizer(Protocol):
+    """What an adapter may ask about state."""
+
+    names: ParameterNames
+
+    @property
+    def sharded(self) -> ShardStates:
+        """The state of its tensors."""

@@ -6,7 +6,6 @@ leaves on the model's parameters; facts about its internals were measured with d
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import os
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, UnsupportedLayoutError
 from ..layout import ShardSpan, plain_fqn
-from . import deepspeed_sparse
+from . import deepspeed_fragments, deepspeed_sparse
 from .base import ExchangingOptimizer, Place, Shard
 from .names import NamedParameter, module_tensors
 
@@ -94,7 +93,8 @@ def _hook_initialize() -> None:
     """Look at every engine that is built around one of our optimizers.
 
     `DeepSpeedEngine._do_optimizer_sanity_check` gets the optimizer when the configuration is complete and before ZeRO
-    replaces its parameters; there is no public hook at that point.
+    replaces its parameters, which `_configure_zero_optimizer` and `_configure_bf16_optimizer` do then; there are no
+    public hooks at these points.
     """
     from deepspeed.runtime.engine import DeepSpeedEngine
 
@@ -121,8 +121,40 @@ def _hook_initialize() -> None:
             deepspeed_sparse.prepare(engine, wrapper)
         return wrapper
 
+    def with_fragments(configure: Any) -> Any:
+        @functools.wraps(configure)
+        def configure_and_install(engine: Any, optimizer: Any) -> Any:
+            wrapped = configure(engine, optimizer)
+            if type(optimizer) in _known_classes:
+                deepspeed_fragments.install(engine, wrapped)
+                if hasattr(wrapped, "fp32_partitioned_groups_flat"):
+                    _refuse_offloading_state(wrapped)
+            return wrapped
+
+        return configure_and_install
+
     sanity_check.looks_for_microadam = True  # type: ignore[attr-defined]
     DeepSpeedEngine._do_optimizer_sanity_check = sanity_check
+    for name in ("_configure_zero_optimizer", "_configure_bf16_optimizer"):
+        setattr(DeepSpeedEngine, name, with_fragments(getattr(DeepSpeedEngine, name)))
+
+
+def _refuse_offloading_state(zero: Any) -> None:
+    """ZeRO-3 can move Adam's two moments only, and forbids the rest by an ``assert``, which may be switched off."""
+    original = zero.offload_states
+
+    @functools.wraps(original)
+    def offload_states(include: Any = None, *args: Any, **kwargs: Any) -> None:
+        refused = [state for state in ("optim_states", "hp_params") if include is None or state in include]
+        if refused:
+            raise ConfigError(
+                f"engine.offload_states() of {' and '.join(refused)} does not work with MicroAdam under ZeRO-3: "
+                "DeepSpeed knows them of its FusedAdam only. Nothing has been moved; name others in include "
+                "(lp_params, lp_grads, contiguous_grad_buffer), use ZeRO-2, or zero_optimization.offload_optimizer."
+            )
+        original(include, *args, **kwargs)
+
+    zero.offload_states = offload_states
 
 
 def refuse_unsupported(engine: Any) -> None:
@@ -269,20 +301,6 @@ def _master_copy(place: Place, trained: Sequence[NamedParameter]) -> Shard | Non
     if len(trained) != place.group_size or trained[place.position].shape != tuple(place.tensor.shape):
         return None
     return Shard(place.tensor, (ShardSpan.whole(trained[place.position].fqn, tuple(place.tensor.shape)),))
-
-
-@contextlib.contextmanager
-def filled_param_groups(engine: Any) -> Iterator[None]:
-    """ZeRO-3 keeps the base optimizer's param groups empty between steps; inside this they hold the shards."""
-    zero = engine.optimizer
-    if not hasattr(zero, "_set_fp32_optimizer_param_groups"):
-        yield
-        return
-    zero._set_fp32_optimizer_param_groups()
-    try:
-        yield
-    finally:
-        zero._clear_fp32_optimizer_param_groups()
 
 
 def publish_master_weights(engine: Any) -> None:

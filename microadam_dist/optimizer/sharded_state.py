@@ -229,8 +229,10 @@ class ShardedState:
 
     def flat_state(self, p: Tensor) -> dict[str, Tensor] | None:
         """This rank's state of a tensor as `layouts` lays it out, and ``step``; None when it has none."""
-        if not self._has_state(p):
-            return None
+        return self.made_state(p) if self._has_state(p) else None
+
+    def made_state(self, p: Tensor) -> dict[str, Tensor]:
+        """The same, of zeros when it had none."""
         self.accept(self.find_new([p]))
         local = self.local(p)
         return flatten_state({name: local[name] for name in ("step", *self._layouts[p].tensors)})

@@ -116,6 +116,16 @@ FEATURES = (
     ),
 )
 
+# Name, and what happens at each stage.
+BESIDE_TRAINING = (
+    ("`engine.offload_states()`, `reload_states()`", "", "same bits", "same bits", "refused"),
+    ("... of `lp_params`, `lp_grads`, `contiguous_grad_buffer`", "", "same bits", "same bits", "same bits"),
+    ("`safe_get/set_full_optimizer_state`, dense path", "", "exact", "exact", "exact"),
+    ("`safe_get/set_full_optimizer_state`, Top-K path", "", "refused", "refused", "refused"),
+    ("`ds_to_universal`", "", *["fails: use `microadam reshard`"] * 3),
+    ("`release_gradients`", *["refused"] * 4),
+)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -206,6 +216,12 @@ def markdown() -> str:
         "Every combination that works also resumes bit for bit on the same ranks (`tests/deepspeed/test_resume.py`).",
         "DeepSpeed 0.19.8 gives a parameter without gradient a zero gradient under ZeRO-1 and 2, none under stage 0,",
         "and its previous gradient under ZeRO-3.",
+        "",
+        "Beside training (`tests/deepspeed/test_limits.py`, `test_fragments.py`):",
+        "",
+        "| | " + " | ".join(f"ZeRO-{stage}" for stage in STAGES) + " |",
+        "|---|" + "---|" * len(STAGES),
+        *(f"| {name} | " + " | ".join(cells) + " |" for name, *cells in BESIDE_TRAINING),
     ]
     return "\n".join(lines) + "\n"
 
