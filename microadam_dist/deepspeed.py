@@ -19,6 +19,7 @@ from .checkpoint.deepspeed import DeepSpeedCheckpoint, read_checkpoint
 from .checkpoint.reshard import Resharder
 from .engines.collectives import raise_together
 from .engines.deepspeed import filled_param_groups, load_untrained, module_tensors, publish_master_weights, whitelist
+from .engines.deepspeed_experts import ExpertNames
 from .errors import CheckpointMismatchError
 from .optimizer import MicroAdam
 
@@ -81,22 +82,29 @@ def load_checkpoint(engine: Any, folder: str | Path, tag: str | None = None) -> 
             Raised on every rank; the engine is as it was.
     """
     optimizer: MicroAdam = engine.basic_optimizer
+    experts = ExpertNames(engine.module)
     with filled_param_groups(engine):
         with raise_together():
             checkpoint = read_checkpoint(folder, tag)
             resharder = Resharder(checkpoint.sources())
-            _require_same_tensors(module_tensors(engine), resharder.shapes, checkpoint.folder)
+            saved = {name: s for name, s in resharder.shapes.items() if not experts.is_elsewhere(name)}
+            _require_same_tensors(module_tensors(engine), saved, checkpoint.folder)
             layouts = optimizer.sharded.layouts()
             states = {p: resharder.state(layout) for p, layout in layouts.items()}
         optimizer.sharded.load_shards(states)
         for p, layout in layouts.items():
             resharder.weights(layout, p.detach().view(-1))
         if len(checkpoint.param_groups) == len(optimizer.param_groups):  # otherwise their settings are the user's
-            optimizer.sharded.load_group_settings(checkpoint.param_groups)
+            optimizer.sharded.load_group_settings([_settings(group) for group in checkpoint.param_groups])
     trained = {named.fqn for group in optimizer.names.sharded or () for named in group}
-    load_untrained(engine, ((name, resharder.whole(name)) for name in resharder.shapes if name not in trained))
+    load_untrained(engine, ((name, resharder.whole(name)) for name in saved if name not in trained))
     publish_master_weights(engine)
     return str(checkpoint.folder), _load_counters(engine, checkpoint)
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved param group without what says which ranks share the group of experts: the ``ep_size`` may be another."""
+    return {key: value for key, value in group.items() if key not in ("name", "moe")}
 
 
 def _require_same_tensors(own: Mapping[str, Tensor], saved: Mapping[str, tuple[int, ...]], folder: Path) -> None:

@@ -22,6 +22,7 @@ from ..errors import ConfigError, UnsupportedLayoutError
 from ..layout import ShardSpan, plain_fqn
 from . import deepspeed_sparse
 from .base import ExchangingOptimizer, Place, Shard
+from .deepspeed_experts import ExpertNames
 from .names import NamedParameter
 
 
@@ -63,7 +64,8 @@ def _hook_initialize() -> None:
                 "optimizer option shard_state is for DDP; DeepSpeed shards the state itself: remove it, and choose a "
                 "ZeRO stage from 1 on."
             )
-        optimizer.names.rename(engine.param_names)
+        experts = ExpertNames(engine.module)
+        optimizer.names.rename({param: experts.over_all_ranks(name) for param, name in engine.param_names.items()})
         optimizer.names.record_sharded()
         wrapper = original(engine, optimizer)
         if optimizer.exchange_settings.sparse_allgather:
@@ -130,10 +132,10 @@ def find_shard(place: Place) -> Shard | None:
     model = [named for group in groups for named in group]
     if any(hasattr(named.param, "_z3_optimizer") for named in model):
         spans = tuple(_stage3_spans(place.tensor, model))
-        return ZeroShard(place.tensor, spans, _holder(spans, model).ds_process_group)
+        return ZeroShard(place.tensor, spans, _holder(spans, [*groups[place.group], *model]).ds_process_group)
     if any(hasattr(named.param, "_hp_mapping") for named in model):
         spans = tuple(_stage1_2_spans(place.tensor, model))
-        return ZeroShard(place.tensor, spans, _holder(spans, model)._dp_group)
+        return ZeroShard(place.tensor, spans, _holder(spans, [*groups[place.group], *model])._dp_group)
     return _master_copy(place, groups[place.group])
 
 
@@ -161,10 +163,10 @@ class ZeroShard(Shard):
         return self.ranks
 
 
-def _holder(spans: Sequence[ShardSpan], model: Sequence[NamedParameter]) -> Any:
-    """A parameter that has a part in the shard; any one if the shard is nothing but padding."""
+def _holder(spans: Sequence[ShardSpan], candidates: Sequence[NamedParameter]) -> Any:
+    """A parameter that has a part in the shard; the first one if the shard is nothing but padding."""
     held = {span.fqn for span in spans}
-    return next((named.param for named in model if named.fqn in held), model[0].param)
+    return next((named.param for named in candidates if named.fqn in held), candidates[0].param)
 
 
 def _stage3_spans(shard: Tensor, model: Sequence[NamedParameter]) -> Iterator[ShardSpan]:
@@ -261,11 +263,12 @@ def module_tensors(engine: Any) -> dict[str, Tensor]:
 
     Tied parameters are there under each of their names.
     """
+    experts = ExpertNames(engine.module)
     saved = {plain_fqn(name) for name in engine.module.state_dict()}
     named = chain(
         engine.module.named_parameters(remove_duplicate=False), engine.module.named_buffers(remove_duplicate=False)
     )
-    return {plain: tensor for name, tensor in named if (plain := plain_fqn(name)) in saved}
+    return {experts.over_all_ranks(name): tensor for name, tensor in named if plain_fqn(name) in saved}
 
 
 def load_untrained(engine: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
