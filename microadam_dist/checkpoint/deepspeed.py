@@ -12,6 +12,7 @@ What DeepSpeed 0.19.8 writes. The files are memory-mapped: only what is copied i
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ class DeepSpeedCheckpoint:
             found = {name: found[name] for name in map(plain_fqn, first["buffer_names"])}
         for name, shape in (first.get("frozen_param_shapes") or {}).items():
             fragments = [states["frozen_param_fragments"][name].flatten() for states in self.model_states]
-            found[plain_fqn(name)] = torch.cat(fragments)[: shape.numel()].view(shape)
+            found[plain_fqn(name)] = torch.cat(fragments)[: math.prod(shape)].view(shape)
         return found
 
     def sources(self) -> list[SourceShard]:

@@ -22,7 +22,7 @@ from ..errors import ConfigError, UnsupportedLayoutError
 from ..layout import ShardSpan, plain_fqn
 from . import deepspeed_sparse
 from .base import ExchangingOptimizer, Place, Shard
-from .deepspeed_experts import ExpertNames
+from .deepspeed_experts import ExpertNames, has_frozen_experts
 from .names import NamedParameter
 
 
@@ -116,6 +116,14 @@ def refuse_unsupported(engine: Any) -> None:
         "fp16.fp16_master_weights_and_grads": (
             config.float16_config.fp16_master_weights_and_grads,
             "DeepSpeed has it for DeepSpeedCPUAdam only; remove it, or use the bf16 options of that name",
+        ),
+        "zero_optimization.stage = 0 with bf16 and a PipelineModule": (
+            engine.pipeline_parallelism and bf16.enabled and zero.stage == 0,
+            "DeepSpeed cannot load the checkpoints that it saves then; use stage 1",
+        ),
+        "zero_optimization.stage = 2 with frozen experts": (
+            zero.stage == 2 and has_frozen_experts(engine.module),
+            "its engine.load_checkpoint gives every rank the frozen experts of the first one; use stage 1",
         ),
         "zero_optimization.zenflow": (zero.zenflow is not None, "it needs DeepSpeedCPUAdam; remove it"),
     }

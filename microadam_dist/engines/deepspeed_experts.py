@@ -19,6 +19,14 @@ class _Layer(NamedTuple):
     num_experts: int
 
 
+def has_frozen_experts(module: Any) -> bool:
+    """Whether an expert that only some ranks have is frozen in part."""
+    from deepspeed.moe.layer import MoE
+
+    layers = [layer for layer in module.modules() if isinstance(layer, MoE) and layer.ep_size > 1]
+    return any(not param.requires_grad for layer in layers for param in layer.deepspeed_moe.experts.parameters())
+
+
 class ExpertNames:
     """Names of a module's tensors over all ranks.
 
