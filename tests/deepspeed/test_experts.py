@@ -30,7 +30,7 @@ CASES: dict[str, tuple[int, torch.dtype, dict[str, Any]]] = {
     "zero0-fp32": (0, torch.float32, {}),
     "zero1-fp32": (1, torch.float32, {}),
     "zero2-fp32": (2, torch.float32, {}),
-    "zero0-bf16": (0, torch.bfloat16, {}),
+    "zero0-bf16": (0, torch.bfloat16, {"gradient_clipping": 0.1}),
     "zero1-bf16": (1, torch.bfloat16, {}),
     "zero2-bf16": (2, torch.bfloat16, {"gradient_clipping": 0.1}),
     "zero1-bf16-fp32-sums": (1, torch.bfloat16, FP32_SUMS),
