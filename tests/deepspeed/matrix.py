@@ -208,7 +208,7 @@ def markdown() -> str:
         "and its previous gradient under ZeRO-3.",
         "",
         "DeepSpeed's MoE layers train in ZeRO-0 to 2 and resume on any number of ranks and with any `ep_size` through",
-        "`microadam_dist.deepspeed.load_checkpoint`, not through `microadam reshard` (`tests/deepspeed/test_experts.py`).",
+        "`microadam_dist.deepspeed.load_checkpoint`, not `microadam reshard` (`tests/deepspeed/test_experts.py`).",
         "*refused*: frozen experts under ZeRO-2, which DeepSpeed would restore on every rank as those of the first.",
         "",
         "A `PipelineModule` trains in ZeRO-0 and 1 and resumes through `engine.load_checkpoint` on the same ranks",
