@@ -13,12 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from .checkpoint.deepspeed import DeepSpeedCheckpoint, read_checkpoint
+from .checkpoint.deepspeed import DeepSpeedCheckpoint, RankFiles, in_file, read_checkpoint
 from .checkpoint.reshard import Resharder
-from .engines.collectives import raise_together
-from .engines.deepspeed import filled_param_groups, load_untrained, module_tensors, publish_master_weights, whitelist
+from .engines.collectives import process_rank, raise_together
+from .engines.deepspeed import (
+    NativeLoad,
+    before_native_load,
+    cuts_module,
+    data_parallel_rank,
+    filled_param_groups,
+    frozen_parameters,
+    load_untrained,
+    module_tensors,
+    publish_master_weights,
+    whitelist,
+    written_stage,
+)
 from .engines.deepspeed_experts import ExpertNames
 from .errors import CheckpointMismatchError
 from .optimizer import MicroAdam
@@ -82,13 +93,12 @@ def load_checkpoint(engine: Any, folder: str | Path, tag: str | None = None) -> 
             Raised on every rank; the engine is as it was.
     """
     optimizer: MicroAdam = engine.basic_optimizer
-    experts = ExpertNames(engine.module)
     with filled_param_groups(engine):
         with raise_together():
-            checkpoint = read_checkpoint(folder, tag)
+            checkpoint = read_checkpoint(folder, tag, process_rank())
             resharder = Resharder(checkpoint.sources())
-            saved = {name: s for name, s in resharder.shapes.items() if not experts.is_elsewhere(name)}
-            _require_same_tensors(module_tensors(engine), saved, checkpoint.folder)
+            saved = _held_here(engine, resharder.shapes)
+            _require_same_tensors(engine, saved, checkpoint.folder, frozen_may_be_missing=True)
             layouts = optimizer.sharded.layouts()
             states = {p: resharder.state(layout) for p, layout in layouts.items()}
         optimizer.sharded.load_shards(states)
@@ -107,12 +117,61 @@ def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key not in ("name", "moe")}
 
 
-def _require_same_tensors(own: Mapping[str, Tensor], saved: Mapping[str, tuple[int, ...]], folder: Path) -> None:
-    """The module and the checkpoint must have the same tensors, trained or frozen, in either."""
+def _held_here(engine: Any, saved: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """What was saved but for experts that other ranks have now."""
+    experts = ExpertNames(engine.module)
+    return {name: shape for name, shape in saved.items() if not experts.is_elsewhere(name)}
+
+
+@before_native_load
+def _check_native_load(engine: Any, load: NativeLoad) -> None:
+    """Look at all that `engine.load_checkpoint` is going to read, before it writes the first weight.
+
+    Raises:
+        CheckpointMismatchError: It does not fit. Raised on every rank; the engine is as it was.
+    """
+    if cuts_module(engine):
+        return  # what a rank has to find is not in the files that are looked at
+    optimizer: MicroAdam = engine.basic_optimizer
+    with filled_param_groups(engine), raise_together():
+        files = RankFiles.read(load.folder, load.tag, data_parallel_rank(engine))
+        if load.module:
+            saved = _held_here(engine, files.shapes)
+            _require_same_tensors(engine, saved, files.path.parent, frozen_may_be_missing=False)
+        if load.optimizer:
+            _require_same_cut(engine, files)
+            with in_file(files.path):
+                optimizer.sharded.check(files.optimizer)
+
+
+def _require_same_cut(engine: Any, files: RankFiles) -> None:
+    """State is loaded by DeepSpeed itself only where it is cut as it was; stage 0 cuts nothing."""
+    written, here = (files.stage, files.world_size), (written_stage(engine), engine.dp_world_size)
+    if written != here and (written[0] or here[0]):
+        folder, tag = files.path.parent.parent, files.path.parent.name
+        raise CheckpointMismatchError(
+            f"{files.path.parent} was written by {written[1]} ranks under ZeRO stage {written[0]}, and this is stage "
+            f"{here[0]} on {here[1]}. Load it with microadam_dist.deepspeed.load_checkpoint(engine, {str(folder)!r}, "
+            f"{tag!r}), or rewrite it with `microadam reshard`."
+        )
+
+
+def _require_same_tensors(
+    engine: Any, saved: Mapping[str, tuple[int, ...]], folder: Path, *, frozen_may_be_missing: bool
+) -> None:
+    """The module and the checkpoint must have the same tensors, trained or frozen, in either.
+
+    With ``frozen_may_be_missing`` the checkpoint may have been saved without any frozen parameter, as Trainer saves
+    adapters: those stay as they are.
+    """
+    own = module_tensors(engine)
     shapes = {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in own.items()}
     there = {id(tensor) for name, tensor in own.items() if name in saved}  # tied ones may be saved under one name
-    differing = [name for name in saved if shapes.get(name) != saved[name]]
-    differing += [name for name, tensor in own.items() if id(tensor) not in there]
+    missing = [name for name, tensor in own.items() if id(tensor) not in there]
+    frozen = frozen_parameters(engine)
+    if frozen_may_be_missing and frozen.isdisjoint(saved):
+        missing = [name for name in missing if name not in frozen]
+    differing = [name for name in saved if shapes.get(name) != saved[name]] + missing
     if differing:
         name = differing[0]
         raise CheckpointMismatchError(

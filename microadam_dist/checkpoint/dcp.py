@@ -1,18 +1,22 @@
 """Files of `torch.distributed.checkpoint` with the state of any intervals of any parameters.
 
     <parameter>|<start>-<end>|<name>   one flat state tensor of an interval, "step" among the names
-    microadam                          JSON: {"format": 1, "world_size": W, "param_groups": [...],
+    microadam                          JSON: {"format": 1, "world_size": W, "names": "model" or "positions",
+                                              "param_groups": [...],
                                               "parameters": {<parameter>: {"shape": [...], "settings": {...}}}}
 
 The keys say where in the parameter an interval lies, so that any other intervals can be cut from them, whatever engine
-and number of ranks wrote them.
+and number of ranks wrote them. Parameters are found by name. Where the names are positions, in the file or here, they
+are found by position, and there must be as many, of the same shapes.
 """
 
 from __future__ import annotations
 
+import io
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +26,9 @@ from torch import Tensor
 from ..arithmetic.state import state_specs
 from ..config import MicroAdamConfig
 from ..errors import CheckpointMismatchError
-from ..layout import ShardSpan, StateLayout, plain_fqn
+from ..layout import ShardSpan, StateLayout, are_positions, plain_fqn
 from .format import FORMAT, LAYOUT_KEY
+from .integrity import require_intact
 from .reshard import Resharder, SourceShard
 
 
@@ -52,7 +57,13 @@ def write_state(
         parameters[span.fqn] = {"shape": span.global_shape, "settings": layout.config.structural}
         if state is not None and span.numel:
             saved |= {_key(span.fqn, span, name): state[name] for name in ("step", *layout.tensors)}
-    header = {"format": FORMAT, "world_size": world_size, "param_groups": param_groups, "parameters": parameters}
+    header = {
+        "format": FORMAT,
+        "world_size": world_size,
+        "names": "positions" if are_positions(list(parameters)) else "model",
+        "param_groups": param_groups,
+        "parameters": parameters,
+    }
     from torch.distributed.checkpoint.state_dict_saver import save
 
     save({**saved, LAYOUT_KEY: json.dumps(header)}, checkpoint_id=folder)
@@ -76,22 +87,30 @@ class SavedState:
 
         self._folder = folder
         try:
-            keys = FileSystemReader(folder).read_metadata().state_dict_metadata
+            self._metadata = FileSystemReader(folder).read_metadata()
             header = json.loads(self._load({LAYOUT_KEY: ""})[LAYOUT_KEY])
+            self._read_header(header)
+        except CheckpointMismatchError:
+            raise
         except Exception as error:
             raise CheckpointMismatchError(
-                f"{folder} is no folder that save_sharded has written, or it is damaged: {error}"
+                f"{folder} is no folder that save_sharded has written, or it is damaged: {error!r}"
             ) from error
+
+    def _read_header(self, header: Mapping[str, Any]) -> None:
         if header["format"] != FORMAT:
             raise CheckpointMismatchError(
-                f"{folder} has format {header['format']!r}, this version reads {FORMAT}. Load it with the version of "
-                "microadam_dist that wrote it."
+                f"{self._folder} has format {header['format']!r}, this version reads {FORMAT}. Load it with the "
+                "version of microadam_dist that wrote it."
             )
         self.param_groups: list[dict[str, Any]] = header["param_groups"]
-        self._parameters: dict[str, Any] = {plain_fqn(name): saved for name, saved in header["parameters"].items()}
+        self._parameters = {
+            plain_fqn(name): (tuple(saved["shape"]), MicroAdamConfig.from_dict(saved["settings"]))
+            for name, saved in header["parameters"].items()
+        }
         self._stored_names = {plain_fqn(name): name for name in header["parameters"]}  # 0.1.0 kept DDP's "module."
         self._intervals: dict[str, set[tuple[int, int]]] = defaultdict(set)
-        for key in keys:
+        for key in self._metadata.state_dict_metadata:
             if key != LAYOUT_KEY:
                 fqn, interval, _ = key.rsplit("|", 2)
                 start, end = map(int, interval.split("-"))
@@ -100,35 +119,62 @@ class SavedState:
     def states(self, layouts: Sequence[StateLayout]) -> list[dict[str, Tensor] | None]:
         """State of local tensors with these layouts, flat, on the CPU; None for one that was never stepped.
 
+        Args:
+            layouts: Of all tensors in the param groups, in order; each of one span.
+
         Raises:
             CheckpointMismatchError: A parameter is not there, or its shape or settings differ.
         """
+        layouts = self._renamed(layouts)
         needed = {layout.spans[0]: self._overlapping(layout.spans[0]) for layout in layouts}
         wanted: dict[str, Tensor] = {}
-        for source in {source for sources in needed.values() for source in sources}:
+        for source in {source for sources in needed.values() for source in sources if self._is_stepped(source)}:
             wanted[self._key(source.spans[0], "step")] = torch.zeros((), dtype=torch.int64)
             for name, (dtype, numel) in state_specs(source).items():
                 wanted[self._key(source.spans[0], name)] = torch.empty(numel, dtype=dtype)
         try:
             self._load(wanted)
+        except CheckpointMismatchError:
+            raise
         except Exception as error:
             raise CheckpointMismatchError(f"{self._folder} is damaged: {error}") from error
         return [Resharder(self._shards(needed[layout.spans[0]], wanted)).state(layout) for layout in layouts]
 
+    def _renamed(self, layouts: Sequence[StateLayout]) -> Sequence[StateLayout]:
+        """The same layouts with the names that the parameters have in the file."""
+        names, saved = [layout.spans[0].fqn for layout in layouts], list(self._parameters)
+        if not (are_positions(names) or are_positions(saved)):
+            return layouts
+        shapes, saved_shapes = [layout.spans[0].global_shape for layout in layouts], [*self._shapes.values()]
+        if shapes != saved_shapes:
+            first = next((i for i, pair in enumerate(zip(shapes, saved_shapes, strict=False)) if pair[0] != pair[1]), 0)
+            raise CheckpointMismatchError(
+                f"parameters are found by position here, and there are {len(saved)} in {self._folder} and {len(names)} "
+                f"in the optimizer, of other shapes from position {first} on. It belongs to another model, or was "
+                "saved with the parameters in another order: construct both with model.named_parameters()."
+            )
+        return [
+            replace(layout, spans=(replace(layout.spans[0], fqn=name),))
+            for layout, name in zip(layouts, saved, strict=True)
+        ]
+
+    @property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: shape for name, (shape, _) in self._parameters.items()}
+
     def _overlapping(self, span: ShardSpan) -> list[StateLayout]:
         """The saved intervals an interval is cut from."""
-        saved = self._parameters.get(span.fqn)
-        if saved is None:
+        if span.fqn not in self._parameters:
             some = ", ".join(sorted(self._parameters)[:3])
             raise CheckpointMismatchError(
                 f"parameter {span.fqn!r} is not in {self._folder}, which has {len(self._parameters)}, such as {some}. "
                 "It belongs to another model, or the optimizers were given their parameters under different names: "
                 "construct them with model.named_parameters()."
             )
-        whole = ShardSpan(span.fqn, tuple(saved["shape"]), 0, 0)
+        shape, config = self._parameters[span.fqn]
+        whole = ShardSpan(span.fqn, shape, 0, 0)
         found = sorted(self._intervals[span.fqn]) or [(0, whole.global_numel)]
         overlapping = [(a, b) for a, b in found if a < span.start + span.numel and span.start < b]
-        config = MicroAdamConfig.from_dict(saved["settings"])
         # An empty interval needs nothing but the step, which is the same in all of them.
         return [
             StateLayout((ShardSpan(whole.fqn, whole.global_shape, a, b - a),), config)
@@ -139,11 +185,14 @@ class SavedState:
         shards = []
         for layout in sources:
             (span,) = layout.spans
-            stepped = (span.start, span.start + span.numel) in self._intervals[span.fqn]
             names = ("step", *layout.tensors)
-            state = {name: loaded[self._key(span, name)] for name in names} if stepped else None
+            state = {name: loaded[self._key(span, name)] for name in names} if self._is_stepped(layout) else None
             shards.append(SourceShard(layout, state, torch.empty(0), str(self._folder)))
         return shards
+
+    def _is_stepped(self, source: StateLayout) -> bool:
+        (span,) = source.spans
+        return (span.start, span.start + span.numel) in self._intervals[span.fqn]
 
     def _key(self, span: ShardSpan, name: str) -> str:
         return _key(self._stored_names[span.fqn], span, name)
@@ -151,8 +200,18 @@ class SavedState:
     def _load(self, wanted: dict[str, Any]) -> dict[str, Any]:
         from torch.distributed.checkpoint.state_dict_loader import load
 
+        self._require_intact(wanted)
         load(wanted, checkpoint_id=self._folder, no_dist=True)  # every rank reads what it needs
         return wanted
+
+    def _require_intact(self, keys: Collection[str]) -> None:
+        """Compare what is stored under these keys with its checksums."""
+        for index, place in self._metadata.storage_data.items():
+            if index.fqn in keys:
+                path = Path(self._folder, place.relative_path)
+                with path.open("rb") as file:
+                    file.seek(place.offset)
+                    require_intact(io.BytesIO(file.read(place.length)), f"{index.fqn!r} in {path}")
 
 
 def _key(fqn: str, span: ShardSpan, name: str) -> str:

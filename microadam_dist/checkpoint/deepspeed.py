@@ -12,9 +12,10 @@ What DeepSpeed 0.19.8 writes. The files are memory-mapped: only what is copied i
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,12 @@ from ..config import MicroAdamConfig
 from ..errors import CheckpointMismatchError
 from ..layout import ShardSpan, StateLayout, plain_fqn
 from .format import LAYOUT_KEY, read_layouts
+from .integrity import require_intact
 from .reshard import SourceShard
 
 _OPTIM_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
+_EXPERT_FILE = re.compile(r"(?:layer_\d+_expert|expp_rank)_(\d+)_mp_rank_(\d+)_(?:model|optim)_states\.pt")
 _EXPERT_OPTIM_FILE = re.compile(r"expp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _TENSOR_PARALLEL_FILE = re.compile(r".*mp_rank_0*[1-9]\d*_(?:model|optim)_states\.pt")
 
@@ -100,45 +103,40 @@ class DeepSpeedCheckpoint:
         return _base_state(self.optim_states[rank] if self.optim_states else self.model_states[0])
 
 
-def read_checkpoint(folder: str | Path, tag: str | None = None) -> DeepSpeedCheckpoint:
+def read_checkpoint(folder: str | Path, tag: str | None = None, share: tuple[int, int] = (0, 1)) -> DeepSpeedCheckpoint:
     """Open a checkpoint and check that it is whole.
 
     Args:
         folder: What was given to `save_checkpoint`.
         tag: Which one in it; the newest by default.
+        share: (rank, number of ranks) of those that compare the files with their checksums, each some of them.
 
     Raises:
-        CheckpointMismatchError: Names the file that is missing, truncated or not ours.
+        CheckpointMismatchError: Names the file that is missing, damaged or not ours.
     """
-    root = Path(folder)
-    if tag is None:
-        latest = root / "latest"
-        if not latest.is_file():
-            raise CheckpointMismatchError(f"{latest} is missing: {root} is no DeepSpeed checkpoint, or give a tag.")
-        tag = latest.read_text().strip()
-    _require_data_parallel(root / tag)
-    model_files = _files_by_rank(root / tag, _MODEL_FILE)
-    optim_files = _files_by_rank(root / tag, _OPTIM_FILE)
-    if not model_files:
-        raise CheckpointMismatchError(f"{root / tag} holds no *_model_states.pt: it is not a DeepSpeed checkpoint.")
-    model_states = [_load(path) for path in model_files]
-    optim_states = [_load(path) for path in optim_files]
-    _require_all_ranks(optim_files, model_states[0])
-    model_states[0], experts = _with_experts(root / tag, model_states[0])
-    if optim_states:
-        shards = [_zero_shards(*pair) for pair in zip(optim_files, optim_states, strict=True)]
-    else:
-        optimizers = {path: _load(path) for path in _files_by_rank(root / tag, _EXPERT_OPTIM_FILE)}
-        shards = [
-            _stage0_shards(path, {**model_states[0], **states})
-            for path, states in (optimizers or {model_files[0]: {}}).items()
-        ]
-        _require_all_experts(root / tag, experts, shards)
-    return DeepSpeedCheckpoint(root / tag, model_states, optim_states, shards, experts)
+    files = CheckpointFiles.find(folder, tag)
+    expert_files = [path for path in sorted(files.folder.glob("*.pt")) if _EXPERT_FILE.fullmatch(path.name)]
+    for path in [*files.model, *files.optim, *expert_files][share[0] :: share[1]]:
+        require_intact(path, str(path))
+    model_states = [_load(path) for path in files.model]
+    optim_states = [_load(path) for path in files.optim]
+    files.require_all_ranks(model_states[0])
+    with in_file(files.folder):
+        model_states[0], experts = _with_experts(files.folder, model_states[0])
+        if optim_states:
+            shards = [_zero_shards(*pair) for pair in zip(files.optim, optim_states, strict=True)]
+        else:
+            optimizers = {path: _load(path) for path in _files_by_rank(files.folder, _EXPERT_OPTIM_FILE)}
+            shards = [
+                _stage0_shards(path, {**model_states[0], **states})
+                for path, states in (optimizers or {files.model[0]: {}}).items()
+            ]
+            _require_all_experts(files.folder, experts, shards)
+    return DeepSpeedCheckpoint(files.folder, model_states, optim_states, shards, experts)
 
 
 def _require_data_parallel(folder: Path) -> None:
-    """The files of models that are cut in other ways hold parts of a module only."""
+    """The files of modules that are cut in other ways hold parts of them only."""
     parallelism = ""
     if any(folder.glob("layer_*-model_states.pt")):
         parallelism = "pipeline parallelism (PipelineModule)"
@@ -202,6 +200,107 @@ def _require_all_ranks(files: Sequence[Path], states: Mapping[str, Any]) -> None
             f"{files[0].parent} was written by {world_size} ranks and has {len(files)} files like {files[0].name}; "
             "copy the missing ones."
         )
+
+
+@dataclass(frozen=True)
+class CheckpointFiles:
+    """The files of one tag.
+
+    Attributes:
+        folder: The tag's folder.
+        model: Model files, by rank; one for stages 0 to 2.
+        optim: Optimizer files, by rank; none for stage 0.
+    """
+
+    folder: Path
+    model: list[Path]
+    optim: list[Path]
+
+    @classmethod
+    def find(cls, folder: str | Path, tag: str | None) -> CheckpointFiles:
+        """Find them; raises a CheckpointMismatchError if one is missing."""
+        root = Path(folder)
+        if tag is None:
+            latest = root / "latest"
+            if not latest.is_file():
+                raise CheckpointMismatchError(f"{latest} is missing: {root} is no DeepSpeed checkpoint, or give a tag.")
+            tag = latest.read_text().strip()
+        _require_data_parallel(root / tag)
+        files = cls(root / tag, *(_files_by_rank(root / tag, pattern) for pattern in (_MODEL_FILE, _OPTIM_FILE)))
+        if not files.model:
+            raise CheckpointMismatchError(f"{files.folder} holds no *_model_states.pt: it is no DeepSpeed checkpoint.")
+        return files
+
+    def require_all_ranks(self, model_states: Mapping[str, Any]) -> None:
+        """Raise a CheckpointMismatchError if the last ranks' files are missing."""
+        world_size = model_states.get("dp_world_size")
+        for files in (self.optim, self.model if len(self.model) > 1 else []):
+            if files and len(files) != world_size:
+                raise CheckpointMismatchError(
+                    f"{self.folder} was written by {world_size} ranks and has {len(files)} files like "
+                    f"{files[0].name}; copy the missing ones."
+                )
+
+
+@dataclass(frozen=True)
+class RankFiles:
+    """What `engine.load_checkpoint` reads on one rank.
+
+    Attributes:
+        path: The file with the optimizer's state, for messages.
+        stage: The ZeRO stage that wrote it; 2 stands for 1, too.
+        world_size: Number of data-parallel ranks that wrote it.
+        shapes: Of the tensors that the module files have or stand for, by `plain_fqn`.
+        optimizer: MicroAdam's state dict, or another optimizer's.
+    """
+
+    path: Path
+    stage: int
+    world_size: int
+    shapes: dict[str, tuple[int, ...]]
+    optimizer: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, folder: str | Path, tag: str | None, rank: int) -> RankFiles:
+        """Open the files of a data-parallel rank, or of the first when there are not so many.
+
+        Raises:
+            CheckpointMismatchError: Names the file that is missing, or the one of these that is damaged.
+        """
+        files = CheckpointFiles.find(folder, tag)
+        own = [paths[rank if rank < len(paths) else 0] for paths in (files.model, files.optim) if paths]
+        for path in own:
+            require_intact(path, str(path))
+        states = [_load(path) for path in own]
+        files.require_all_ranks(states[0])
+        with in_file(files.folder):
+            states[0], experts = _with_experts(files.folder, states[0])
+            checkpoint = DeepSpeedCheckpoint(files.folder, states[:1], states[1:], [], experts)
+            stage, shapes = checkpoint.stage, _shapes(states[0], checkpoint.stage)
+            return cls(own[-1], stage, states[0]["dp_world_size"], shapes, _base_state(states[-1]))
+
+
+def _shapes(model_states: Mapping[str, Any], stage: int) -> dict[str, tuple[int, ...]]:
+    """Of everything that a model file has; under ZeRO-3 parameters are empty there, and described elsewhere in it."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in _module(model_states).items()}
+    if stage < 3:
+        return shapes
+    cut = [*model_states["param_shapes"], model_states["frozen_param_shapes"] or {}]
+    buffers = {name: shapes[name] for name in map(plain_fqn, model_states["buffer_names"])}
+    return buffers | {plain_fqn(name): tuple(shape) for group in cut for name, shape in group.items()}
+
+
+@contextlib.contextmanager
+def in_file(path: Path) -> Iterator[None]:
+    """Errors about what was read say where; what is not where DeepSpeed puts it is a CheckpointMismatchError, too."""
+    try:
+        yield
+    except CheckpointMismatchError as error:
+        raise error if str(path) in str(error) else CheckpointMismatchError(f"{path}: {error}") from error
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointMismatchError(
+            f"{path} is no checkpoint of DeepSpeed and MicroAdam that this version can read: {error!r}."
+        ) from error
 
 
 def _files_by_rank(folder: Path, pattern: re.Pattern[str]) -> list[Path]:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
+import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -41,6 +43,55 @@ def whitelist(optimizer_class: type) -> None:
 _known_classes: list[type] = []
 
 
+class NativeLoad(NamedTuple):
+    """A call of `engine.load_checkpoint`.
+
+    Attributes:
+        folder, tag: Its arguments.
+        module: Whether it loads all of the module's tensors, and by name.
+        optimizer: Whether it loads the optimizer's state.
+    """
+
+    folder: str
+    tag: str | None
+    module: bool
+    optimizer: bool
+
+
+NativeLoadCheck = Callable[[Any, NativeLoad], None]
+_native_load_checks: list[NativeLoadCheck] = []
+
+
+def before_native_load(check: NativeLoadCheck) -> NativeLoadCheck:
+    """Call a function with every engine around one of our optimizers that is about to load a checkpoint."""
+    _native_load_checks.append(check)
+    return check
+
+
+def _hook_load(engine_class: Any) -> None:
+    original = engine_class.load_checkpoint
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def load_checkpoint(engine: Any, *args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(engine, *args, **kwargs)
+        call.apply_defaults()
+        given = call.arguments
+        exists = given["tag"] is not None or os.path.isfile(os.path.join(given["load_dir"], "latest"))
+        if exists and type(getattr(engine, "basic_optimizer", None)) in _known_classes:  # else DeepSpeed returns None
+            load = NativeLoad(
+                given["load_dir"],
+                given["tag"],
+                module=given["load_module_strict"] and given["custom_load_fn"] is None,
+                optimizer=given["load_optimizer_states"] and not given["load_module_only"],
+            )
+            for check in _native_load_checks:
+                check(engine, load)
+        return original(engine, *args, **kwargs)
+
+    engine_class.load_checkpoint = load_checkpoint
+
+
 def _hook_initialize() -> None:
     """Look at every engine that is built around one of our optimizers.
 
@@ -52,6 +103,7 @@ def _hook_initialize() -> None:
     original = DeepSpeedEngine._do_optimizer_sanity_check
     if hasattr(original, "looks_for_microadam"):
         return
+    _hook_load(DeepSpeedEngine)
 
     @functools.wraps(original)
     def sanity_check(engine: Any, optimizer: Any) -> Any:
@@ -277,6 +329,31 @@ def module_tensors(engine: Any) -> dict[str, Tensor]:
         engine.module.named_parameters(remove_duplicate=False), engine.module.named_buffers(remove_duplicate=False)
     )
     return {experts.over_all_ranks(name): tensor for name, tensor in named if plain_fqn(name) in saved}
+
+
+def frozen_parameters(engine: Any) -> set[str]:
+    """Names of the module's parameters that DeepSpeed has left to nobody: they required no gradient then."""
+    trained = {named.fqn for group in engine.basic_optimizer.names.sharded for named in group}
+    experts = ExpertNames(engine.module)
+    return {experts.over_all_ranks(name) for name, _ in engine.module.named_parameters()} - trained
+
+
+def cuts_module(engine: Any) -> bool:
+    """Whether the ranks have other parts of the module, and not only MoE layers' experts: pipelines, AutoTP, AutoEP."""
+    experts = engine._config.expert_parallel_config
+    return engine.pipeline_parallelism or engine.mp_world_size > 1 or (experts is not None and experts.enabled)
+
+
+def written_stage(engine: Any) -> int:
+    """The ZeRO stage that the engine's checkpoints are of: 1 and 2 write the same, which is 2."""
+    if not engine.zero_optimization():
+        return 0
+    return 3 if engine.zero_optimization_partition_weights() else 2
+
+
+def data_parallel_rank(engine: Any) -> int:
+    """The number of this rank in the names of checkpoint files."""
+    return dist.get_rank(getattr(engine.optimizer, "dp_process_group", None))
 
 
 def load_untrained(engine: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:

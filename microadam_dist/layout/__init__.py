@@ -15,6 +15,7 @@ from .grid import Band as Band
 from .grid import BlockGrid as BlockGrid
 from .grid import Segment as Segment
 from .spans import ShardSpan as ShardSpan
+from .spans import are_positions as are_positions
 from .spans import plain_fqn as plain_fqn
 from .state import (
     DENSE_TENSORS as DENSE_TENSORS,

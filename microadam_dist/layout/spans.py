@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import UnsupportedLayoutError
@@ -20,6 +21,11 @@ def plain_fqn(fqn: str) -> str:
     for wrapper in _WRAPPERS:
         fqn = fqn.replace(wrapper, "")
     return fqn.removeprefix("module.")  # DDP
+
+
+def are_positions(names: Sequence[str]) -> bool:
+    """Whether names say nothing but positions in the param groups: the parameters were given without names."""
+    return all(name == str(position) for position, name in enumerate(names))
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch.optim.optimizer import Optimizer, StateDict
 from ..arithmetic.state import OWN_NAMES, allocate_state, flatten_state, shape_state
 from ..checkpoint.format import APART, APART_KEY, LAYOUT_KEY, describe_layouts, read_layouts
 from ..checkpoint.match import (
+    Groups,
     match_groups,
     match_memory,
     match_names,
@@ -43,6 +44,14 @@ class StateBytes(NamedTuple):
     sparse_bytes: int
     dense_numel: int
     dense_bytes: int
+
+
+class _Fitting(NamedTuple):
+    """The parts of a state dict that fits, by tensor; no state where it only says that this is elsewhere."""
+
+    groups: Groups
+    state: dict[Tensor, Any] | None
+    layouts: dict[Tensor, StateLayout]
 
 
 class ShardedState:
@@ -258,12 +267,11 @@ class ShardedState:
                 del state_dict["state"][index]
         state_dict[LAYOUT_KEY] = describe_layouts(layouts, *process_rank())
 
-    @torch.no_grad()
-    def load(self, state_dict: StateDict) -> None:
-        """Load a state dict bit for bit; of one with only a note where the state is, the settings of the groups.
+    def check(self, state_dict: Mapping[str, Any]) -> _Fitting:
+        """What `load` would load.
 
         Raises:
-            CheckpointMismatchError: The state does not fit. Nothing has been changed.
+            CheckpointMismatchError: The state does not fit.
         """
         groups, saved_state = state_dict_parts(state_dict)
         match_groups(groups, self._owner.param_groups)
@@ -273,8 +281,7 @@ class ShardedState:
         layouts = {**self._layouts, **self._find_layouts(loaded)}
         if any(self._is_elsewhere(p, state) for p, state in loaded.items()):
             self._require_loaded_apart(loaded)
-            self.load_group_settings(groups)
-            return
+            return _Fitting(groups, None, layouts)
         # Tools that pass on "state" and "param_groups" only drop this entry.
         saved_layouts = read_layouts(state_dict[LAYOUT_KEY]) if LAYOUT_KEY in state_dict else {}
         for index, p in enumerate(tensors):
@@ -285,7 +292,19 @@ class ShardedState:
             elif is_others(loaded[p]):
                 continue
             self._match(p, layouts[p], loaded[p])
+        return _Fitting(groups, loaded, layouts)
 
+    @torch.no_grad()
+    def load(self, state_dict: StateDict) -> None:
+        """Load a state dict bit for bit; of one with only a note where the state is, the settings of the groups.
+
+        Raises:
+            CheckpointMismatchError: The state does not fit. Nothing has been changed.
+        """
+        groups, loaded, layouts = self.check(state_dict)
+        if loaded is None:
+            self.load_group_settings(groups)
+            return
         # The base class would cast every tensor to the parameter's dtype, which turns codes and indices into rubbish.
         copies = {p: self._copy_state(p, layouts[p], state) for p, state in loaded.items()}
         self.load_group_settings(groups)
