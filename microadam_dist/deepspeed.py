@@ -8,7 +8,7 @@ in any case. DeepSpeed looks an unknown optimizer type up in `torch.optim`, and 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,17 @@ from .engines.collectives import process_rank, raise_together
 from .engines.deepspeed import (
     NativeLoad,
     before_native_load,
+    cuts_module,
     data_parallel_rank,
     frozen_parameters,
     load_untrained,
+    module_tensors,
     publish_master_weights,
     whitelist,
     written_stage,
 )
+from .engines.deepspeed_experts import ExpertNames
 from .engines.deepspeed_fragments import filled_param_groups
-from .engines.names import module_tensors
 from .errors import CheckpointMismatchError
 from .optimizer import MicroAdam
 
@@ -115,25 +117,36 @@ def load_training(engine: Any, read: Read) -> SavedTraining:
     with filled_param_groups(engine):
         with raise_together():
             saved = read(process_rank())
-            match_module(*_module_tensors(engine), saved.weights.shapes, saved.origin, frozen_parameters(engine))
+            held = _held_here(engine, saved.weights.shapes)
+            match_module(*_module_tensors(engine), held, saved.origin, frozen_parameters(engine))
             layouts = optimizer.sharded.layouts()
             states = dict(zip(layouts, saved.states(list(layouts.values())), strict=True))
         optimizer.sharded.load_shards(states)
         for p, layout in layouts.items():
             saved.weights.weights(layout, p.detach().view(-1))
         if len(saved.param_groups) == len(optimizer.param_groups):  # otherwise their settings are the user's
-            optimizer.sharded.load_group_settings(saved.param_groups)
+            optimizer.sharded.load_group_settings([_settings(group) for group in saved.param_groups])
     trained = {named.fqn for group in optimizer.names.sharded or () for named in group}
-    untrained = (name for name in saved.weights.shapes if name not in trained)
-    load_untrained(engine, ((name, saved.weights.whole(name)) for name in untrained))
+    load_untrained(engine, ((name, saved.weights.whole(name)) for name in held if name not in trained))
     publish_master_weights(engine)
     return saved
 
 
 def _module_tensors(engine: Any) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
     """The module's tensors and their whole shapes, by name."""
-    tensors = module_tensors(engine.module)
+    tensors = module_tensors(engine)
     return tensors, {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in tensors.items()}
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved param group without what says which ranks share the group of experts: the ``ep_size`` may be another."""
+    return {key: value for key, value in group.items() if key not in ("name", "moe")}
+
+
+def _held_here(engine: Any, saved: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """What was saved but for experts that other ranks have now."""
+    experts = ExpertNames(engine.module)
+    return {name: shape for name, shape in saved.items() if not experts.is_elsewhere(name)}
 
 
 @before_native_load
@@ -143,11 +156,13 @@ def _check_native_load(engine: Any, load: NativeLoad) -> None:
     Raises:
         CheckpointMismatchError: It does not fit. Raised on every rank; the engine is as it was.
     """
+    if cuts_module(engine):
+        return  # what a rank has to find is not in the files that are looked at
     optimizer: MicroAdam = engine.basic_optimizer
     with filled_param_groups(engine), raise_together():
         files = RankFiles.read(load.folder, load.tag, data_parallel_rank(engine))
         if load.module:
-            match_module(*_module_tensors(engine), files.shapes, files.path.parent)
+            match_module(*_module_tensors(engine), _held_here(engine, files.shapes), files.path.parent)
         if load.optimizer:
             _require_same_cut(engine, files)
             with in_file(files.path):

@@ -16,8 +16,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Imported once by the fork server, so that starting a rank takes a fraction of a second.
-_PRELOAD = ["torch", "torch.distributed.checkpoint", "deepspeed", "microadam_dist"]
+# Imported once by the fork server, so that starting a rank takes a fraction of a second. ZeRO imports the last one when
+# it is configured, and torch's compiler with it: 4 seconds.
+_PRELOAD = [
+    "torch",
+    "torch.distributed.checkpoint",
+    "deepspeed",
+    "microadam_dist",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+]
 _TIMEOUT_SECONDS = 240
 
 

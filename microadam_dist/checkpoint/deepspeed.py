@@ -4,6 +4,8 @@
     <dir>/<tag>/mp_rank_00_model_states.pt                    stages 0 to 2: modules, counters; stage 0: the optimizer
     <dir>/<tag>/zero_pp_rank_<r>_mp_rank_00_model_states.pt   stage 3: the same, parameters empty but for frozen ones
     <dir>/<tag>/[bf16_]zero_pp_rank_<r>_mp_rank_00_optim_states.pt   stages 1 to 3: rank r's shards
+    <dir>/<tag>/layer_<l>_expert_<e>_mp_rank_00_model_states.pt      expert e of MoE layer l, under its global name
+    <dir>/<tag>/expp_rank_<r>_mp_rank_00_optim_states.pt   stage 0, MoE: the optimizer of expert-parallel rank r
 
 What DeepSpeed 0.19.8 writes. The files are memory-mapped: only what is copied is read.
 """
@@ -11,6 +13,7 @@ What DeepSpeed 0.19.8 writes. The files are memory-mapped: only what is copied i
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +34,9 @@ from .training import SavedTraining
 
 _OPTIM_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
+_EXPERT_FILE = re.compile(r"(?:layer_\d+_expert|expp_rank)_(\d+)_mp_rank_(\d+)_(?:model|optim)_states\.pt")
+_EXPERT_OPTIM_FILE = re.compile(r"expp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+_TENSOR_PARALLEL_FILE = re.compile(r".*mp_rank_0*[1-9]\d*_(?:model|optim)_states\.pt")
 
 
 @dataclass(frozen=True)
@@ -42,12 +48,14 @@ class DeepSpeedCheckpoint:
         model_states: Content of the model files, by rank; one for stages 0 to 2.
         optim_states: Content of the optimizer files, by rank; none for stage 0.
         shards: All local tensors of all ranks, in a list for each rank.
+        experts: Of each tensor in an expert of a MoE layer, its names in all experts of the layer.
     """
 
     folder: Path
     model_states: list[Mapping[str, Any]]
     optim_states: list[Mapping[str, Any]]
     shards: list[list[SourceShard]]
+    experts: list[tuple[str, ...]]
 
     @property
     def stage(self) -> int:
@@ -71,7 +79,7 @@ class DeepSpeedCheckpoint:
             found = {name: found[name] for name in map(plain_fqn, first["buffer_names"])}
         for name, shape in (first.get("frozen_param_shapes") or {}).items():
             fragments = [states["frozen_param_fragments"][name].flatten() for states in self.model_states]
-            found[plain_fqn(name)] = torch.cat(fragments)[: shape.numel()].view(shape)
+            found[plain_fqn(name)] = torch.cat(fragments)[: math.prod(shape)].view(shape)
         return found
 
     def sources(self) -> list[SourceShard]:
@@ -115,17 +123,91 @@ def read_checkpoint(folder: str | Path, tag: str | None = None, share: tuple[int
         CheckpointMismatchError: Names the file that is missing, damaged or not ours.
     """
     files = CheckpointFiles.find(folder, tag)
-    for path in [*files.model, *files.optim][share[0] :: share[1]]:
+    expert_files = [path for path in sorted(files.folder.glob("*.pt")) if _EXPERT_FILE.fullmatch(path.name)]
+    for path in [*files.model, *files.optim, *expert_files][share[0] :: share[1]]:
         require_intact(path, str(path))
     model_states = [_load(path) for path in files.model]
     optim_states = [_load(path) for path in files.optim]
     files.require_all_ranks(model_states[0])
     with in_file(files.folder):
+        model_states[0], experts = _with_experts(files.folder, model_states[0])
         if optim_states:
             shards = [_zero_shards(*pair) for pair in zip(files.optim, optim_states, strict=True)]
         else:
-            shards = [_stage0_shards(files.model[0], model_states[0])]
-    return DeepSpeedCheckpoint(files.folder, model_states, optim_states, shards)
+            optimizers = {path: _load(path) for path in _files_by_rank(files.folder, _EXPERT_OPTIM_FILE)}
+            shards = [
+                _stage0_shards(path, {**model_states[0], **states})
+                for path, states in (optimizers or {files.model[0]: {}}).items()
+            ]
+            _require_all_experts(files.folder, experts, shards)
+    return DeepSpeedCheckpoint(files.folder, model_states, optim_states, shards, experts)
+
+
+def _require_data_parallel(folder: Path) -> None:
+    """The files of modules that are cut in other ways hold parts of them only."""
+    parallelism = ""
+    if any(folder.glob("layer_*-model_states.pt")):
+        parallelism = "pipeline parallelism (PipelineModule)"
+    elif any(_TENSOR_PARALLEL_FILE.fullmatch(path.name) for path in folder.glob("*.pt")):
+        parallelism = "tensor parallelism"
+    if parallelism:
+        raise CheckpointMismatchError(
+            f"{folder} was written with {parallelism}, and can only be loaded as it was saved: with "
+            "engine.load_checkpoint on the same number of ranks, cut in the same way."
+        )
+
+
+def _with_experts(folder: Path, states: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[tuple[str, ...]]]:
+    """A model file with the weights of the experts in it, as if they were no experts, and their names.
+
+    See `DeepSpeedCheckpoint.experts`; both unchanged and empty for a model without MoE layers.
+
+    Raises:
+        CheckpointMismatchError: The file of an expert is missing, or DeepSpeed's AutoEP has written it.
+    """
+    moe_keys = ("num_experts", "ds_autoep_layers")
+    if moe_keys[1] not in states and not any(folder.glob("layer_*_expert_*_model_states.pt")):
+        return states, []
+    if states.get(moe_keys[1]):
+        raise CheckpointMismatchError(
+            f"{folder} was written with AutoEP (expert_parallel in the DeepSpeed configuration), whose ranks give "
+            "different experts the same name. Load it with engine.load_checkpoint on the same number of ranks."
+        )
+    module = dict(states["module"])
+    names: list[tuple[str, ...]] = []
+    for layer, num_experts in enumerate(states[moe_keys[0]]):
+        files = [folder / f"layer_{layer}_expert_{e}_mp_rank_00_model_states.pt" for e in range(num_experts)]
+        if missing := [path for path in files if not path.is_file()]:
+            raise CheckpointMismatchError(f"{missing[0]}, the weights of an expert, is missing; copy it there.")
+        experts = [_load(path) for path in files]
+        for expert in experts:
+            module |= expert
+        names += zip(*(map(plain_fqn, expert) for expert in experts), strict=True)
+    rest = {key: value for key, value in states.items() if key not in moe_keys}
+    return {**rest, "module": module}, names
+
+
+def _require_all_experts(
+    folder: Path, experts: Sequence[tuple[str, ...]], shards: Sequence[Sequence[SourceShard]]
+) -> None:
+    """Nothing in stage 0 says how many files there were, and a missing one would pass for experts never trained."""
+    trained = {span.fqn for rank in shards for shard in rank for span in shard.layout.spans}
+    for names in experts:
+        if untrained := set(names) - trained if trained.intersection(names) else None:
+            raise CheckpointMismatchError(
+                f"{folder} has optimizer state of other experts, but not of {min(untrained)!r}: a file "
+                "expp_rank_*_optim_states.pt is missing. Copy it, or, if these experts alone were frozen, load with "
+                "engine.load_checkpoint on the same number of ranks."
+            )
+
+
+def _require_all_ranks(files: Sequence[Path], states: Mapping[str, Any]) -> None:
+    world_size = states["dp_world_size"]
+    if files and len(files) != world_size:
+        raise CheckpointMismatchError(
+            f"{files[0].parent} was written by {world_size} ranks and has {len(files)} files like {files[0].name}; "
+            "copy the missing ones."
+        )
 
 
 @dataclass(frozen=True)
@@ -151,6 +233,7 @@ class CheckpointFiles:
             if not latest.is_file():
                 raise CheckpointMismatchError(f"{latest} is missing: {root} is no DeepSpeed checkpoint, or give a tag.")
             tag = latest.read_text().strip()
+        _require_data_parallel(root / tag)
         files = cls(root / tag, *(_files_by_rank(root / tag, pattern) for pattern in (_MODEL_FILE, _OPTIM_FILE)))
         if not files.model:
             raise CheckpointMismatchError(f"{files.folder} holds no *_model_states.pt: it is no DeepSpeed checkpoint.")
@@ -206,7 +289,8 @@ class RankFiles:
         states = [_load(path) for path in own]
         files.require_all_ranks(states[0])
         with in_file(files.folder):
-            checkpoint = DeepSpeedCheckpoint(files.folder, states[:1], states[1:], [])
+            states[0], experts = _with_experts(files.folder, states[0])
+            checkpoint = DeepSpeedCheckpoint(files.folder, states[:1], states[1:], [], experts)
             stage, shapes = checkpoint.stage, _shapes(states[0], checkpoint.stage)
             return cls(own[-1], stage, states[0]["dp_world_size"], shapes, _base_state(states[-1]))
 
@@ -238,10 +322,7 @@ def _files_by_rank(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
     """The files of ranks 0, 1, ... in order."""
     files = {}
     for path in sorted(folder.glob("*.pt")):
-        match = pattern.fullmatch(path.name)
-        if match and int(match[2]) != 0:
-            raise CheckpointMismatchError(f"{path} comes from tensor parallelism, which is not supported.")
-        if match:
+        if match := pattern.fullmatch(path.name):
             files[int(match[1] or 0)] = path
     for rank in range(max(files, default=0)):
         if rank not in files:

@@ -22,7 +22,7 @@ from ..errors import CheckpointMismatchError, ConfigError
 from ..layout import StateLayout, plain_fqn
 from .deepspeed import DeepSpeedCheckpoint, read_checkpoint
 from .format import LAYOUT_KEY, describe_layouts
-from .reshard import Resharder, SourceShard
+from .reshard import Resharder, SourceShard, same_bits
 
 _DEFAULT_SUB_GROUP_SIZE = 1_000_000_000
 
@@ -84,6 +84,11 @@ class _Writer:
 
     def __init__(self, checkpoint: DeepSpeedCheckpoint, world_size: int) -> None:
         self.checkpoint, self.world_size = checkpoint, world_size
+        if checkpoint.experts:
+            raise CheckpointMismatchError(
+                f"{checkpoint.folder} holds experts of MoE layers, whose own files are not rewritten. Load it with "
+                "microadam_dist.deepspeed.load_checkpoint instead, on any number of ranks."
+            )
         self.resharder = Resharder(shard for shards in checkpoint.shards for shard in shards)
         if checkpoint.stage == 0:
             raise CheckpointMismatchError(
@@ -235,7 +240,7 @@ def _verify(
             weights.copy_(shard.weights)  # the padding
             resharder.weights(shard.layout, weights)
             state = resharder.state(shard.layout, _allocator(Path(scratch) / "state"))
-            differing = [] if _same_bits(weights, shard.weights) else ["weights"]
+            differing = [] if same_bits(weights, shard.weights) else ["weights"]
             assert shard.state is not None and state is not None  # neither was saved before the first step
             ignored = _StateMask(shard.layout, [*rebuilt, *resharder.rebuilt])
             differing += [name for name in state if not ignored.equal(name, state[name], shard.state[name])]
@@ -264,9 +269,4 @@ class _StateMask:
         """Whether both are equal outside the ignored blocks; ``got`` is overwritten inside them."""
         for part in self._slices[name]:
             got[part] = expected[part]
-        return _same_bits(got, expected)
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """Also of NaN, which DeepSpeed's padding may hold: it is memory as it was found."""
-    return torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8))
+        return same_bits(got, expected)

@@ -68,6 +68,9 @@ class Resharder:
 
     Attributes:
         rebuilt: (parameter, start, end) of every block or fragment that `state` could not copy but had to rebuild.
+
+    Raises:
+        CheckpointMismatchError: Sources that hold the same elements of a parameter differ there.
     """
 
     def __init__(self, sources: Iterable[SourceShard]) -> None:
@@ -80,6 +83,7 @@ class Resharder:
                     self._pieces.setdefault(span.fqn, []).append(piece)
         for pieces in self._pieces.values():
             pieces.sort(key=lambda piece: piece.start)
+            _require_equal_copies(pieces)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -313,11 +317,65 @@ def _cut_fragments(layout: StateLayout, span: ShardSpan, pieces: Sequence[_Piece
     return sorted(fragments)
 
 
+def _require_equal_copies(pieces: Sequence[_Piece]) -> None:
+    """Pieces of one parameter, sorted by their start, must be equal where they overlap."""
+    longest = pieces[0]  # holds all elements from a piece's start on that any piece before it holds
+    for piece in pieces[1:]:
+        if piece.start < longest.end and (name := _difference(longest, piece)):
+            raise CheckpointMismatchError(
+                f"elements {piece.start} to {min(piece.end, longest.end)} of parameter {piece.span.fqn!r} are in "
+                f"{longest.shard.origin} and in {piece.shard.origin} with different contents ({name}): ranks had "
+                "different parameters under one name, or files of several checkpoints are mixed. Load it with what "
+                "saved it, on the same number of ranks."
+            )
+        longest = max(longest, piece, key=lambda p: p.end)
+
+
+def _difference(a: _Piece, b: _Piece) -> str | None:
+    """What differs where both pieces are; None if nothing does. ``a`` starts first.
+
+    Blocks that are cut in other places have another state: on the Top-K path it is compared if both have the same ends.
+    """
+    if a.span.global_shape != b.span.global_shape:
+        return "shape"
+    start, end = b.start, min(a.end, b.end)
+    one, other = (piece.shard.weights[_slice(piece.span.offset - piece.span.start, start, end)] for piece in (a, b))
+    if one.dtype != other.dtype or not same_bits(one, other):
+        return "weights"
+    first, second = a.shard.state, b.shard.state
+    if first is None or second is None:
+        return "step" if first is not second else None
+    if int(first["step"]) != int(second["step"]):
+        return "step"
+    if not a.span.is_dense and (a.start, a.end) != (b.start, b.end):
+        return None
+    if name := structural_difference(a.shard.layout.config.structural, b.shard.layout.config.structural):
+        return name
+    ours, theirs = (_state_slices(piece, start, end) for piece in (a, b))
+    return next((name for name in ours if not same_bits(first[name][ours[name]], second[name][theirs[name]])), None)
+
+
+def _state_slices(piece: _Piece, start: int, end: int) -> dict[str, slice]:
+    """Where the state of [start, end) lies, on either path."""
+    if piece.span.is_dense:
+        return dict.fromkeys(DENSE_TENSORS, _slice(_moments_offset(piece), start, end))
+    return piece.shard.layout.state_slices(piece.span_index, start, end)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Also of NaN, which DeepSpeed's padding may hold: it is memory as it was found."""
+    return torch.equal(*(tensor.contiguous().view(-1).view(torch.uint8) for tensor in (a, b)))
+
+
+def _moments_offset(piece: _Piece) -> int:
+    """Where position 0 of the piece's parameter, on the dense path, would be among the moments of its shard."""
+    return sum(s.numel for s in piece.shard.layout.spans[: piece.span_index] if s.is_dense) - piece.span.start
+
+
 def _copy_moments(piece: _Piece, state: Mapping[str, Tensor], offset: int) -> None:
     """Copy the piece's moments to where position 0 of the parameter would be at ``offset``."""
     assert piece.shard.state is not None  # callers pass pieces with state only
-    source_offset = sum(span.numel for span in piece.shard.layout.spans[: piece.span_index] if span.is_dense)
-    source = _slice(source_offset - piece.span.start, piece.start, piece.end)
+    source = _slice(_moments_offset(piece), piece.start, piece.end)
     for name in DENSE_TENSORS:
         state[name][_slice(offset, piece.start, piece.end)] = piece.shard.state[name][source]
 

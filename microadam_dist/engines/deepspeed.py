@@ -19,10 +19,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import ConfigError, UnsupportedLayoutError
-from ..layout import ShardSpan, plain_fqn
-from . import deepspeed_fragments, deepspeed_sparse
+from ..layout import ShardSpan
+from . import deepspeed_fragments, deepspeed_sparse, names
 from .base import ExchangingOptimizer, Place, Shard
-from .names import NamedParameter, module_tensors
+from .deepspeed_experts import ExpertNames, has_frozen_experts
+from .names import NamedParameter
 
 
 def whitelist(optimizer_class: type) -> None:
@@ -114,7 +115,8 @@ def _hook_initialize() -> None:
                 "optimizer option shard_state is for DDP; DeepSpeed shards the state itself: remove it, and choose a "
                 "ZeRO stage from 1 on."
             )
-        optimizer.names.rename(engine.param_names)
+        experts = ExpertNames(engine.module)
+        optimizer.names.rename({param: experts.over_all_ranks(name) for param, name in engine.param_names.items()})
         optimizer.names.record_sharded()
         wrapper = original(engine, optimizer)
         if optimizer.exchange_settings.sparse_allgather:
@@ -198,6 +200,14 @@ def refuse_unsupported(engine: Any) -> None:
             config.float16_config.fp16_master_weights_and_grads,
             "DeepSpeed has it for DeepSpeedCPUAdam only; remove it, or use the bf16 options of that name",
         ),
+        "zero_optimization.stage = 0 with bf16 and a PipelineModule": (
+            engine.pipeline_parallelism and bf16.enabled and zero.stage == 0,
+            "DeepSpeed cannot load the checkpoints that it saves then; use stage 1",
+        ),
+        "zero_optimization.stage = 2 with frozen experts": (
+            zero.stage == 2 and has_frozen_experts(engine.module),
+            "its engine.load_checkpoint gives every rank the frozen experts of the first one; use stage 1",
+        ),
         "zero_optimization.zenflow": (zero.zenflow is not None, "it needs DeepSpeedCPUAdam; remove it"),
     }
     for option, (is_set, remedy) in refused.items():
@@ -213,10 +223,10 @@ def find_shard(place: Place) -> Shard | None:
     model = [named for group in groups for named in group]
     if any(hasattr(named.param, "_z3_optimizer") for named in model):
         spans = tuple(_stage3_spans(place.tensor, model))
-        return ZeroShard(place.tensor, spans, _holder(spans, model).ds_process_group)
+        return ZeroShard(place.tensor, spans, _holder(spans, [*groups[place.group], *model]).ds_process_group)
     if any(hasattr(named.param, "_hp_mapping") for named in model):
         spans = tuple(_stage1_2_spans(place.tensor, model))
-        return ZeroShard(place.tensor, spans, _holder(spans, model)._dp_group)
+        return ZeroShard(place.tensor, spans, _holder(spans, [*groups[place.group], *model])._dp_group)
     return _master_copy(place, groups[place.group])
 
 
@@ -244,10 +254,10 @@ class ZeroShard(Shard):
         return self.ranks
 
 
-def _holder(spans: Sequence[ShardSpan], model: Sequence[NamedParameter]) -> Any:
-    """A parameter that has a part in the shard; any one if the shard is nothing but padding."""
+def _holder(spans: Sequence[ShardSpan], candidates: Sequence[NamedParameter]) -> Any:
+    """A parameter that has a part in the shard; the first one if the shard is nothing but padding."""
     held = {span.fqn for span in spans}
-    return next((named.param for named in model if named.fqn in held), model[0].param)
+    return next((named.param for named in candidates if named.fqn in held), candidates[0].param)
 
 
 def _stage3_spans(shard: Tensor, model: Sequence[NamedParameter]) -> Iterator[ShardSpan]:
@@ -325,10 +335,23 @@ def publish_master_weights(engine: Any) -> None:
                 param.data.copy_(master.data)
 
 
+def module_tensors(engine: Any) -> dict[str, Tensor]:
+    """See `names.module_tensors`; experts are called by their number in the layer."""
+    experts = ExpertNames(engine.module)
+    return {experts.over_all_ranks(name): tensor for name, tensor in names.module_tensors(engine.module).items()}
+
+
 def frozen_parameters(engine: Any) -> set[str]:
     """Names of the module's parameters that DeepSpeed has left to nobody: they required no gradient then."""
     trained = {named.fqn for group in engine.basic_optimizer.names.sharded for named in group}
-    return {plain for name, _ in engine.module.named_parameters() if (plain := plain_fqn(name)) not in trained}
+    experts = ExpertNames(engine.module)
+    return {experts.over_all_ranks(name) for name, _ in engine.module.named_parameters()} - trained
+
+
+def cuts_module(engine: Any) -> bool:
+    """Whether the ranks have other parts of the module, and not only MoE layers' experts: pipelines, AutoTP, AutoEP."""
+    experts = engine._config.expert_parallel_config
+    return engine.pipeline_parallelism or engine.mp_world_size > 1 or (experts is not None and experts.enabled)
 
 
 def written_stage(engine: Any) -> int:
@@ -347,7 +370,7 @@ def load_untrained(engine: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Copy whole tensors into those of the module; under ZeRO-3 into each rank's part. Call it on every rank."""
     import deepspeed
 
-    own = module_tensors(engine.module)
+    own = module_tensors(engine)
     with torch.no_grad():
         for name, tensor in tensors:
             gathered = hasattr(own[name], "ds_id")

@@ -79,13 +79,14 @@ class ParameterNames:
         self._index()
 
     def rename(self, names: Mapping[Tensor, str]) -> None:
-        """Give parameters the names they have in the model; those that are not in ``names`` keep theirs."""
+        """Give parameters these names, without what wrappers add; those that are not in ``names`` keep theirs."""
         for group in self.groups:
-            group[:] = [
-                replace(named, fqn=plain_fqn(names[named.param]) if named.param in names else named.fqn)
-                for named in group
-            ]
+            group[:] = [replace(named, fqn=names.get(named.param, named.fqn)) for named in group]
         self._index()
+
+    def take_from(self, module: nn.Module) -> None:
+        """Call parameters as the model does, instead of by their positions."""
+        self.rename({param: plain_fqn(name) for name, param in module.named_parameters()})
 
     def record_sharded(self) -> None:
         """An engine shards those that require a gradient now."""

@@ -38,8 +38,7 @@ class ShardedStateMixin:
         """Trainer's, with parameters that are called as in the model instead of by their positions."""
         optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
         if isinstance(microadam := innermost(self.optimizer), MicroAdam) and microadam.names.sharded is None:
-            model = args[0] if args else self.model
-            microadam.names.rename({param: name for name, param in model.named_parameters()})
+            microadam.names.take_from(args[0] if args else self.model)
         return optimizer
 
     def report_elastic(self, message: str) -> None:

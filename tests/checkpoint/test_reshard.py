@@ -217,6 +217,62 @@ def test_what_does_not_fit_is_named(damage: str) -> None:
     assert expected in str(error.value)
 
 
+def test_equal_copies_are_one() -> None:
+    """Two whole ones, and whole and cut ones that overlap."""
+    whole = train(flat_layouts(1))
+    copy = replace(whole[0], weights=whole[0].weights.clone(), origin="copy")
+    (once,), (twice,) = (reshard(sources, flat_layouts(1)) for sources in (whole, [*whole, copy]))
+    assert torch.equal(once.weights, twice.weights)
+    assert_same(once.state, twice.state)
+    before_any_step = [
+        SourceShard(layout, None, cut(layout, {name: torch.zeros(math.prod(s)) for name, s in SHAPES.items()}), "part")
+        for layout in (*flat_layouts(1), *flat_layouts(2), *flat_layouts(3))
+    ]
+    Resharder(before_any_step)
+
+
+@pytest.mark.parametrize(
+    "difference", ["weights", "step", "codes", "values", "exp_avg", "shape", "window_size", "none"]
+)
+@pytest.mark.parametrize("order", [1, -1])
+def test_copies_that_differ_are_refused(difference: str, order: int) -> None:
+    (source,) = train(flat_layouts(1))
+    state = {name: tensor.clone() for name, tensor in source.state.items()}
+    layout, weights = source.layout, source.weights.clone()
+    if difference == "weights":
+        weights[-1] = -weights[-1]
+    elif difference == "step":
+        state["step"] += 1
+    elif difference == "shape":
+        spans = tuple(replace(span, global_shape=(*span.global_shape, 1)) for span in layout.spans)
+        layout = replace(layout, spans=spans)
+    elif difference == "window_size":
+        layout = replace(layout, config=replace(CONFIG, window_size=5))
+    elif difference != "no state":
+        state[difference].view(-1)[-1] += 1
+    copy = SourceShard(layout, None if difference == "no state" else state, weights, "copy")
+    with pytest.raises(CheckpointMismatchError, match="rank 0 and in copy|copy and in rank 0") as error:
+        Resharder([source, copy][::order])
+    assert f"({'step' if difference == 'no state' else difference})" in str(error.value)
+    assert any(f"parameter {name!r}" in str(error.value) for name in SHAPES)
+
+
+def test_a_part_that_differs_from_the_whole_is_refused() -> None:
+    """Between them lies a part that has nothing to say about it."""
+    shape = (16, 256)
+
+    def part(start: int, numel: int, change: int | None = None) -> SourceShard:
+        weights = torch.arange(start, start + numel, dtype=torch.float32)
+        if change is not None:
+            weights[change - start] += 1
+        return SourceShard(StateLayout((ShardSpan("w", shape, start, numel),), CONFIG), None, weights, f"from {start}")
+
+    Resharder([part(0, 4096), part(100, 50), part(200, 300)])
+    with pytest.raises(CheckpointMismatchError, match=r"elements 200 to 500 of parameter 'w'.*from 0 and in from 200"):
+        Resharder([part(0, 4096), part(100, 50), part(200, 300, change=499)])
+    Resharder([part(0, 300), part(200, 300), part(500, 100)])
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(1, 8), min_size=2, max_size=4))
 def test_any_chain_of_row_shardings_is_the_identity(chain: list[int]) -> None:

@@ -222,6 +222,14 @@ def markdown() -> str:
         "| | " + " | ".join(f"ZeRO-{stage}" for stage in STAGES) + " |",
         "|---|" + "---|" * len(STAGES),
         *(f"| {name} | " + " | ".join(cells) + " |" for name, *cells in BESIDE_TRAINING),
+        "",
+        "DeepSpeed's MoE layers train in ZeRO-0 to 2 and resume on any number of ranks and with any `ep_size` through",
+        "`microadam_dist.deepspeed.load_checkpoint`, not `microadam reshard` (`tests/deepspeed/test_experts.py`).",
+        "*refused*: frozen experts under ZeRO-2, which DeepSpeed would restore on every rank as those of the first.",
+        "",
+        "A `PipelineModule` trains in ZeRO-0 and 1 and resumes through `engine.load_checkpoint` on the same ranks",
+        "(`tests/deepspeed/test_pipelines.py`). *refused*: bf16 in ZeRO-0, whose checkpoints DeepSpeed cannot load.",
+        "Checkpoints of pipelines, tensor parallelism and AutoEP cannot be loaded on other ranks.",
     ]
     return "\n".join(lines) + "\n"
 
