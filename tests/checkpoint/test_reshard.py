@@ -232,7 +232,7 @@ def test_equal_copies_are_one() -> None:
 
 
 @pytest.mark.parametrize(
-    "difference", ["weights", "step", "codes", "values", "exp_avg", "shape", "window_size", "none"]
+    "difference", ["weights", "step", "codes", "values", "exp_avg", "shape", "window_size", "no state"]
 )
 @pytest.mark.parametrize("order", [1, -1])
 def test_copies_that_differ_are_refused(difference: str, order: int) -> None:

@@ -150,3 +150,37 @@ def _save_and_load(rank: int, world_size: int, config: Path, folder: Path) -> No
         if states and accelerator.process_index == 1:
             with pytest.raises(CheckpointMismatchError, match="microadam_dist.load_sharded"):
                 optimizer.load_state_dict(states)
+
+
+def _sharded_state(rank: int, world_size: int, folder: Path, saved_by: int, shard_state: bool) -> dict[str, Tensor]:
+    """Save, or load on any number of ranks: whole weights and state."""
+    os.environ.update(ACCELERATE_USE_CPU="true", LOCAL_WORLD_SIZE=str(world_size))
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    model = tiny_llama()
+    optimizer = MicroAdam(model.named_parameters(), lr=4e-3, window_size=2, density=0.05, shard_state=shard_state)
+    wrapped, prepared = accelerator.prepare(model, optimizer)
+    keep_sharded_state(accelerator)
+    if saved_by == world_size and shard_state and not folder.exists():
+        for step in range(3):
+            accelerator.backward(wrapped(input_ids=batch(step), labels=batch(step)).loss)
+            prepared.step()
+            prepared.zero_grad()
+        accelerator.save_state(str(folder))
+    else:
+        accelerator.load_state(str(folder))
+    found = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for name, p in model.named_parameters():
+        for key, tensor in optimizer.state[p].items():
+            found[f"{name}.{key}"] = (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
+    return found
+
+
+def test_shared_state_loads_on_any_ranks_and_where_none_is_shared(tmp_path: Path) -> None:
+    """Accelerate keeps the part of one rank; the whole lies beside it."""
+    expected = run_ranks(_sharded_state, 2, tmp_path / "saved", 2, True)[0]
+    for world_size, shard_state in ((1, True), (1, False), (2, False), (3, True)):
+        for found in run_ranks(_sharded_state, world_size, tmp_path / "saved", 2, shard_state):
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[name], tensor) for name, tensor in expected.items()), (world_size, shard_state)
