@@ -1,4 +1,4 @@
-"""`run_ranks`: one function on several real processes over gloo."""
+"""`run_ranks`: one function on several real processes, over gloo, or over NCCL on one GPU."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ _PRELOAD = [
     "deepspeed.runtime.zero.muon.muon_optimizer",
 ]
 _TIMEOUT_SECONDS = 240
+# "cuda": all ranks share one GPU, over NCCL; see tests/gpu/test_nccl.py.
+DEVICE = os.environ.get("MICROADAM_TEST_DEVICE", "cpu")
 
 
 class RankError(AssertionError):
@@ -33,7 +35,7 @@ class RankError(AssertionError):
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
-    """Run ``function(rank, world_size, *args)`` on every rank of a gloo process group.
+    """Run ``function(rank, world_size, *args)`` on every rank of a process group.
 
     Args:
         function: Defined at module level; its arguments and result are pickled.
@@ -111,7 +113,8 @@ def _rank_main(
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size))
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+        backend = _share_gpu(rank) if DEVICE == "cuda" else "gloo"
+        dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world_size)
         result = function(rank, world_size, *args)
         if dist.is_initialized():  # the function may have ended it, as launch/train.py does
             dist.barrier()
@@ -119,6 +122,16 @@ def _rank_main(
         _send(pipe, (True, result))
     except BaseException:
         _send(pipe, (False, traceback.format_exc()))
+
+
+def _share_gpu(rank: int) -> str:
+    """Put this rank on the one GPU, beside the others, and what it makes from now on; returns its backends."""
+    # NCCL refuses two ranks on one GPU of a host, so each is a host of its own.
+    os.environ.update(NCCL_HOSTID=f"rank{rank}", NCCL_P2P_DISABLE="1", NCCL_SHM_DISABLE="1", NCCL_IB_DISABLE="1")
+    os.environ.update(NCCL_SOCKET_IFNAME="lo", LOCAL_RANK="0")
+    torch.cuda.set_device(0)
+    torch.set_default_device("cuda")
+    return "cpu:gloo,cuda:nccl"
 
 
 def _send(pipe: Connection, message: tuple[bool, Any]) -> None:
@@ -129,5 +142,5 @@ def _send(pipe: Connection, message: tuple[bool, Any]) -> None:
 
 
 def _receive(pipe: Connection) -> tuple[bool, Any]:
-    message: tuple[bool, Any] = torch.load(io.BytesIO(pipe.recv_bytes()), weights_only=False)
+    message: tuple[bool, Any] = torch.load(io.BytesIO(pipe.recv_bytes()), map_location="cpu", weights_only=False)
     return message

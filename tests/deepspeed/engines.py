@@ -19,7 +19,7 @@ class Holder(nn.Module):
         self.weight = nn.Parameter(torch.randn(*shape))
 
     def forward(self, grad: Tensor) -> Tensor:
-        return (self.weight * grad).sum()
+        return (self.weight * grad.to(self.weight.device)).sum()
 
 
 class GivenGradients(nn.Module):

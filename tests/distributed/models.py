@@ -31,7 +31,7 @@ class Given(nn.Module):
         self.weight = nn.Parameter(torch.randn(*shape))
 
     def forward(self, grad: Tensor) -> Tensor:
-        return (self.weight * grad).sum()
+        return (self.weight * grad.to(self.weight.device)).sum()
 
 
 class GivenGradients(nn.Module):
@@ -62,7 +62,7 @@ def wrap(model: nn.Module, **options: Any) -> nn.Module:
     """FSDP1 with two children of their own and the others together."""
     from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
-    fsdp = functools.partial(FSDP, device_id=torch.device("cpu"), **{"use_orig_params": True, **options})
+    fsdp = functools.partial(FSDP, device_id=torch.get_default_device(), **{"use_orig_params": True, **options})
     for name in ("embed", "few"):
         setattr(model, name, fsdp(getattr(model, name)))
     return fsdp(model)
