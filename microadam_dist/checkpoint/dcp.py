@@ -6,8 +6,8 @@
                                               "parameters": {<parameter>: {"shape": [...], "settings": {...}}}}
 
 The keys say where in the parameter an interval lies, so that any other intervals can be cut from them, whatever engine
-and number of ranks wrote them. Parameters are found by name. Where the names are positions, in the file or here, they
-are found by position, and there must be as many, of the same shapes.
+and number of ranks wrote them. Parameters are found by name. Where the names in the file are positions, they are found
+by position, and there must be as many, of the same shapes.
 """
 
 from __future__ import annotations
@@ -143,13 +143,13 @@ class SavedState:
     def _renamed(self, layouts: Sequence[StateLayout]) -> Sequence[StateLayout]:
         """The same layouts with the names that the parameters have in the file."""
         spans, saved = [span for layout in layouts for span in layout.spans], list(self._parameters)
-        if not (are_positions([span.fqn for span in spans]) or are_positions(saved)):
+        if not are_positions(saved):
             return layouts
         shapes, saved_shapes = [span.global_shape for span in spans], [shape for shape, _ in self._parameters.values()]
         if shapes != saved_shapes or len(layouts) != len(spans):  # flat shards are in an order of their own
             first = next((i for i, pair in enumerate(zip(shapes, saved_shapes, strict=False)) if pair[0] != pair[1]), 0)
             raise CheckpointMismatchError(
-                f"parameters are found by position here, and there are {len(saved)} in {self._folder} and {len(spans)} "
+                f"parameters are found by position there, and there are {len(saved)} in {self._folder} and {len(spans)} "
                 f"in the optimizer, of other shapes from position {first} on. It belongs to another model, or was "
                 "saved with the parameters in another order: construct both with model.named_parameters()."
             )
