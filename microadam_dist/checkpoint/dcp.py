@@ -149,8 +149,8 @@ class SavedState:
         if shapes != saved_shapes or len(layouts) != len(spans):  # flat shards are in an order of their own
             first = next((i for i, pair in enumerate(zip(shapes, saved_shapes, strict=False)) if pair[0] != pair[1]), 0)
             raise CheckpointMismatchError(
-                f"parameters are found by position there, and there are {len(saved)} in {self._folder} and {len(spans)} "
-                f"in the optimizer, of other shapes from position {first} on. It belongs to another model, or was "
+                f"parameters are found by position in {self._folder}, where there are {len(saved)}, {len(spans)} "
+                f"here, of other shapes from position {first} on. It belongs to another model, or was "
                 "saved with the parameters in another order: construct both with model.named_parameters()."
             )
         return [
