@@ -77,7 +77,14 @@ class DeepSpeedCheckpoint:
         found = {name: tensor for name, tensor in _module(first).items() if name not in trained}
         if self.stage == 3:  # parameters are empty there
             found = {name: found[name] for name in map(plain_fqn, first["buffer_names"])}
-        for name, shape in (first.get("frozen_param_shapes") or {}).items():
+        # A layer that is trained now and then is frozen when it is saved, and there twice.
+        frozen = {name: tensor for name, tensor in self.frozen_parameters().items() if name not in trained}
+        return found | frozen
+
+    def frozen_parameters(self) -> dict[str, Tensor]:
+        """What required no gradient when it was saved, whole, as ZeRO-2 and 3 save it; by `plain_fqn`."""
+        found = {}
+        for name, shape in (self.model_states[0].get("frozen_param_shapes") or {}).items():
             fragments = [states["frozen_param_fragments"][name].flatten() for states in self.model_states]
             found[plain_fqn(name)] = torch.cat(fragments)[: math.prod(shape)].view(shape)
         return found

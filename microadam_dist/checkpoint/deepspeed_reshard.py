@@ -139,7 +139,7 @@ class _Writer:
             if rank == 0:
                 torch.save(model, folder / "mp_rank_00_model_states.pt")
             return
-        whole = self.checkpoint.untrained_tensors()
+        whole = self.checkpoint.frozen_parameters()
         fragments = {}
         for name, shape in (model["frozen_param_shapes"] or {}).items():
             share = zero3_share(shape, self.world_size)

@@ -50,29 +50,60 @@ def _freeze(model: Any, frozen: bool) -> None:
         getattr(model, name).weight.requires_grad_(not frozen)
 
 
-def _switch(rank: int, world_size: int) -> list[tuple[dict[str, Tensor], list[Any]]]:
-    """Frozen in the first step and the fourth, as LISA and gradual unfreezing do."""
+# In which of six steps the layers are frozen; the run is saved after three and goes on in another engine.
+PATTERNS = {"at the start": (0, 1, 2), "at resume": (3, 4, 5), "every other step": (0, 2, 4)}  # as LISA does
+SAVED_AT = 3
+
+
+def _train(engine: Any, pattern: str, steps: range) -> None:
+    for step in steps:
+        frozen = step in PATTERNS[pattern]
+        _freeze(engine.module, frozen)
+        train(engine, [WITHOUT_FROZEN[step] if frozen else GRADIENTS[step]])
+
+
+def _cuts(engine: Any) -> set[tuple[str, int, int]]:
+    """The blocks that some rank has only in part."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, cut_intervals(base_optimizer(engine).sharded._layouts.values()))
+    return {cut for cuts in gathered for cut in cuts}
+
+
+def _begin(rank: int, world_size: int, folder: str) -> list[set[tuple[str, int, int]]]:
+    cuts = []
+    for stage in STAGES:
+        for pattern in PATTERNS:
+            engine = _engine(stage)
+            _train(engine, pattern, range(SAVED_AT))
+            engine.save_checkpoint(os.path.join(folder, f"{stage}-{pattern}"))
+            cuts.append(_cuts(engine))
+            engine.destroy()
+    return cuts
+
+
+def _go_on(rank: int, world_size: int, folder: str) -> list[tuple[dict[str, Tensor], set[tuple[str, int, int]]]]:
     results = []
     for stage in STAGES:
-        engine = _engine(stage)
-        for step, (grads, without) in enumerate(zip(GRADIENTS, WITHOUT_FROZEN, strict=True)):
-            _freeze(engine.module, step in (0, 3))
-            train(engine, [without if step in (0, 3) else grads])
-        gathered: list[Any] = [None] * world_size
-        dist.all_gather_object(gathered, cut_intervals(base_optimizer(engine).sharded._layouts.values()))
-        results.append((full_weights(engine), [cut for cuts in gathered for cut in cuts]))
-        engine.destroy()
+        for pattern in PATTERNS:
+            engine = _engine(stage, shift=1.0)
+            if world_size == 2:
+                engine.load_checkpoint(os.path.join(folder, f"{stage}-{pattern}"))
+            else:
+                microadam_dist.deepspeed.load_checkpoint(engine, os.path.join(folder, f"{stage}-{pattern}"))
+            _train(engine, pattern, range(SAVED_AT, len(GRADIENTS)))
+            results.append((full_weights(engine), _cuts(engine)))
+            engine.destroy()
     return results
 
 
-def _switched_in_one_process(stage: int) -> dict[str, Tensor]:
+def _in_one_process(stage: int, pattern: str) -> dict[str, Tensor]:
     """ZeRO steps a flat shard: what is frozen there has a gradient of zero, elsewhere it has none."""
     model = make_model()
     optimizer = MicroAdam(model.parameters(), **SETTINGS)
     for step, grads in enumerate(GRADIENTS):
         optimizer.zero_grad()
         model(grads).backward()
-        for name in FROZEN if step in (0, 3) else ():
+        for name in FROZEN if step in PATTERNS[pattern] else ():
             param = getattr(model, name).weight
             param.grad = torch.zeros_like(param) if stage else None
         optimizer.step()
@@ -80,20 +111,25 @@ def _switched_in_one_process(stage: int) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def switched() -> list[list[tuple[dict[str, Tensor], list[Any]]]]:
-    return run_ranks(_switch, 2)
+def begun(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[set[tuple[str, int, int]]]]:
+    folder = tmp_path_factory.mktemp("begun-by-2-ranks")
+    return folder, run_ranks(_begin, 2, str(folder))[0]
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_what_was_frozen_in_the_first_step_trains_later(
-    stage: int, switched: list[list[tuple[dict[str, Tensor], list[Any]]]]
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_frozen_thawed_and_resumed_as_in_one_process(
+    world_size: int, begun: tuple[Path, list[set[tuple[str, int, int]]]]
 ) -> None:
-    expected = _switched_in_one_process(stage)
-    for weights, cuts in (results[stage] for results in switched):
-        uncut = uncut_masks(weights, cuts)
-        for name, weight in expected.items():
-            mask = uncut[name]
-            assert torch.equal(weights[name].flatten()[mask], weight.flatten()[mask]), name
+    """On 2 ranks through DeepSpeed's own load, which resumes bit for bit; on others through ours."""
+    folder, cuts_then = begun
+    runs = [(stage, pattern) for stage in STAGES for pattern in PATTERNS]
+    for results in run_ranks(_go_on, world_size, str(folder)):
+        for (stage, pattern), then, (weights, cuts) in zip(runs, cuts_then, results, strict=True):
+            expected = _in_one_process(stage, pattern)
+            uncut = uncut_masks(weights, then | cuts)
+            for name, weight in expected.items():
+                mask = uncut[name]
+                assert torch.equal(weights[name].flatten()[mask], weight.flatten()[mask]), (stage, pattern, name)
 
 
 def _save(rank: int, world_size: int, folder: str) -> list[dict[str, Tensor]]:
