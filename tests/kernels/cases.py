@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -162,6 +162,8 @@ def _table() -> list[Case]:
         Case("betas-zero", whole(20, 256), settings={"betas": (0.0, 0.0)}),
         Case("lr-zero", whole(20, 256), settings={"lr": 0.0, "weight_decay": 0.1}),
     ]
+    decayed = {"weight_decay": 0.1, "seed": 7}
+    cases += [Case(f"{g.__name__}-bf16", whole(20, 256), BF16, gradient=g, settings=decayed) for g in GRADIENTS]
     packed = {"packed_window": True}
     cases += [Case(f"{g.__name__}-packed", whole(20, 256), gradient=g, num_steps=9, settings=packed) for g in GRADIENTS]
     cases += [
@@ -178,6 +180,13 @@ def _table() -> list[Case]:
             Case(f"ef{bits}-fragments", part((64, 301), 333, 4001), BF16, BF16, settings),
             Case(f"ef{bits}-nonfinite", whole(20, 256), settings=settings, gradient=nonfinite, num_steps=9),
         ]
+    # Where it is not said, bf16 weights are rounded stochastically.
+    to_nearest = ("bfloat16-bfloat16", "nonfinite-bf16", "tiny-bf16", "row-257", "dense-vector-nonfinite", "packed-ef8")
+    cases += [
+        replace(case, name=f"{case.name}-nearest", settings={**case.settings, "rounding": "nearest"})
+        for case in cases
+        if case.name in to_nearest
+    ]
     return cases
 
 
