@@ -27,8 +27,8 @@ typedef struct {
   int64_t start, row_stride, size;
 } microadam_extent;
 
-/* What the noise of stochastic rounding depends on: element i of the local tensor is element `origin + i` of a parameter,
- * the shape of which gives the key. */
+/* What the noise of stochastic rounding depends on: element i of the local tensor is element `origin + i` of a
+ * parameter, the shape of which gives the key. */
 typedef struct {
   int64_t origin, shape_key;
 } microadam_place;

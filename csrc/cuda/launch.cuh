@@ -13,8 +13,8 @@ struct Extent {
   int64 start, row_stride, size;
 };
 
-// What the noise of stochastic rounding depends on: element i of the local tensor is element `origin + i` of a parameter,
-// the shape of which gives the key.
+// What the noise of stochastic rounding depends on: element i of the local tensor is element `origin + i` of a
+// parameter, the shape of which gives the key.
 struct Place {
   int64 origin, shape_key;
 };
