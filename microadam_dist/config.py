@@ -13,6 +13,7 @@ from typing import Any
 from .errors import ConfigError
 
 SUPPORTED_EF_BITS = (0, 2, 4, 8)
+ROUNDINGS = ("auto", "nearest", "stochastic")
 MIN_BLOCK_SIZE, MAX_BLOCK_SIZE = 64, 32768
 MAX_PACKED_BLOCK_SIZE = 4096  # places that 12 bits can name
 # Below the smallest normal fp32 number eps may round to zero, and 0 / (eps + sqrt(0)) would be NaN.
@@ -39,6 +40,10 @@ class MicroAdamConfig:
         ef_bits: Bits of one error-feedback code; 0 switches error feedback off.
         packed_window: Store the window in 12-bit indices and 8-bit values, see `window`; needs a window, error feedback
             and blocks of at most 4096.
+        rounding: How weights are rounded to their dtype after a step: "nearest"; "stochastic", see
+            `arithmetic.rounding`, which is for bf16 and changes nothing for fp32; "auto" is "stochastic" where bf16
+            weights are stepped, else "nearest".
+        seed: Of stochastic rounding, in 0..2**32 - 1.
 
     Raises:
         ConfigError: A setting has the wrong type or is outside its range, or a window cannot be packed.
@@ -54,6 +59,8 @@ class MicroAdamConfig:
     bucket_size: int = 64
     ef_bits: int = 4
     packed_window: bool = False
+    rounding: str = "auto"
+    seed: int = 0
 
     def __post_init__(self) -> None:
         _check_float("lr", self.lr, "a number >= 0", lambda x: x >= 0)
@@ -74,6 +81,9 @@ class MicroAdamConfig:
         _check_int("bucket_size", self.bucket_size, "an even integer >= 2", lambda n: n >= 2 and n % 2 == 0)
         _check_int("ef_bits", self.ef_bits, f"one of {SUPPORTED_EF_BITS}", lambda n: n in SUPPORTED_EF_BITS)
         check_flag("packed_window", self.packed_window)
+        if not isinstance(self.rounding, str) or self.rounding not in ROUNDINGS:
+            raise ConfigError(f"rounding={self.rounding!r}: expected {', '.join(map(repr, ROUNDINGS))}.")
+        _check_int("seed", self.seed, "an integer in 0..2**32 - 1", lambda n: 0 <= n < 2**32)
         if self.packed_window:
             self._check_packed_window()
 
@@ -154,7 +164,7 @@ STRUCTURAL_SETTINGS = ("window_size", "density", "block_size", "bucket_size", "e
 
 
 # Settings that state dicts of older versions lack, and what they mean there.
-LATER_SETTINGS = {"packed_window": False}
+LATER_SETTINGS = {"packed_window": False, "rounding": "nearest", "seed": 0}
 
 
 def structural_difference(settings: Mapping[str, Any], others: Mapping[str, Any]) -> str | None:

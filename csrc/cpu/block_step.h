@@ -23,6 +23,16 @@ inline void with_type(void* array, int64_t dtype, const F& f) {
   }
 }
 
+// Calls f with the weights and how they are rounded; `counter`: of the first of them.
+template <class F>
+inline void with_weights(void* param, const Step& step, uint32_t counter, const F& f) {
+  if (step.is_stochastic) {
+    f(static_cast<Bf16*>(param), Stochastic(counter));
+  } else {
+    with_type(param, step.param_dtype, [&](auto* weights) { f(weights, Nearest()); });
+  }
+}
+
 // Top-K of gradient and error: the newest slot, and what is left as the new error. Returns false where the accumulator
 // is not finite.
 bool keep_largest(const Block& block, const Step& step, const Scratch& s) {
@@ -48,15 +58,17 @@ bool block_step(const Block& block, const Step& step, const Scratch& s) {
   } else if (block.scales == nullptr) {
     load_slot(block, step, s);
   }
-  if (finite) with_type(block.param, step.param_dtype, [&](auto* param) { update_weights(param, block, step, s); });
-  return finite;
+  if (!finite) return false;
+  with_weights(block.param, step, block.counter,
+               [&](auto* param, const auto& rounding) { update_weights(param, rounding, block, step, s); });
+  return true;
 }
 
 bool dense_step(const DensePiece& piece, const Step& step) {
   bool finite = true;
-  with_type(piece.param, step.param_dtype, [&](auto* param) {
+  with_weights(piece.param, step, piece.counter, [&](auto* param, const auto& rounding) {
     with_type(const_cast<void*>(piece.grad), step.grad_dtype,
-              [&](const auto* grad) { finite = adamw_step(param, grad, piece, *step.scalars); });
+              [&](const auto* grad) { finite = adamw_step(param, rounding, grad, piece, *step.scalars); });
   });
   return finite;
 }

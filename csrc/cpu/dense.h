@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernel.h"
+#include "rounding.h"
 #include "topk.h"
 #include "vector_loops.h"
 
@@ -24,31 +25,34 @@ inline uint32_t adamw(const microadam_scalars& scalars, Floats grad, Floats* par
   return ~lane_bits(finite) & ((1u << kLanes) - 1u);
 }
 
-template <class Param, class Grad>
-inline uint32_t adamw_at(const microadam_scalars& scalars, Param* param, const Grad* grad, float* exp_avg,
-                         float* exp_avg_sq) {
-  Floats p = load(param), m = load(exp_avg), v = load(exp_avg_sq);
-  const uint32_t skipped = adamw(scalars, load(grad), &p, &m, &v);
-  store(param, p);
-  store(exp_avg, m);
-  store(exp_avg_sq, v);
+template <class Param, class Rounding, class Grad>
+inline uint32_t adamw_at(int i, const microadam_scalars& scalars, Param* param, const Rounding& rounding,
+                         const Grad* grad, float* exp_avg, float* exp_avg_sq) {
+  Floats p = load(param + i), m = load(exp_avg + i), v = load(exp_avg_sq + i);
+  const uint32_t skipped = adamw(scalars, load(grad + i), &p, &m, &v);
+  rounding.store_from(i, param + i, p);
+  store(exp_avg + i, m);
+  store(exp_avg_sq + i, v);
   return skipped;
 }
 
 // Returns false when an element was skipped.
-template <class Param, class Grad>
-inline bool adamw_step(Param* param, const Grad* grad, const DensePiece& piece, const microadam_scalars& scalars) {
+template <class Param, class Rounding, class Grad>
+inline bool adamw_step(Param* param, const Rounding& rounding, const Grad* grad, const DensePiece& piece,
+                       const microadam_scalars& scalars) {
   float *exp_avg = piece.exp_avg, *exp_avg_sq = piece.exp_avg_sq;
   uint32_t skipped = 0;
   int i = 0;
   for (; i + kLanes <= piece.numel; i += kLanes) {
-    skipped |= adamw_at(scalars, param + i, grad + i, exp_avg + i, exp_avg_sq + i);
+    skipped |= adamw_at(i, scalars, param, rounding, grad, exp_avg, exp_avg_sq);
   }
   const int rest = piece.numel - i;
   if (rest > 0) {
     Floats p = load_first(param + i, rest), m = load_first(exp_avg + i, rest), v = load_first(exp_avg_sq + i, rest);
     skipped |= adamw(scalars, load_first(grad + i, rest), &p, &m, &v);
-    store_first(param + i, rest, p);
+    Param padded[kLanes];
+    rounding.store_from(i, padded, p);
+    memcpy(param + i, padded, static_cast<size_t>(rest) * sizeof(Param));
     store_first(exp_avg + i, rest, m);
     store_first(exp_avg_sq + i, rest, v);
   }

@@ -23,6 +23,7 @@ struct Block {
   Bf16* scales;  // one for each slot; null: the window is not packed
   int numel, num_kept;
   int index_bytes, value_bytes;  // of a slot
+  uint32_t counter;              // of the first element, see rounding.h
 };
 
 // A piece of the dense path.
@@ -31,6 +32,7 @@ struct DensePiece {
   const void* grad;
   float *exp_avg, *exp_avg_sq;
   int numel;
+  uint32_t counter;  // of the first element, see rounding.h
 };
 
 // What all blocks of a tensor share.
@@ -38,6 +40,7 @@ struct Step {
   const microadam_scalars* scalars;
   int64_t window_size, bucket_size;
   int64_t param_dtype, grad_dtype;
+  bool is_stochastic;
 };
 
 namespace {  // see floats.h

@@ -16,7 +16,7 @@ extern "C" {
 #define MICROADAM_API __attribute__((visibility("default")))
 
 /* Raised with every change of a structure or a signature below. */
-#define MICROADAM_CPU_ABI_VERSION 6
+#define MICROADAM_CPU_ABI_VERSION 7
 
 enum microadam_dtype { MICROADAM_FP32 = 0, MICROADAM_BF16 = 1, MICROADAM_FP16 = 2 };
 
@@ -27,16 +27,24 @@ typedef struct {
   int64_t start, row_stride, size;
 } microadam_extent;
 
+/* What the noise of stochastic rounding depends on: element i of the local tensor is element `origin + i` of a
+ * parameter, the shape of which gives the key. */
+typedef struct {
+  int64_t origin, shape_key;
+} microadam_place;
+
 /* rows x cols Top-K blocks of `numel` elements. `indices` (bytes), `values` and `scales` count in units of one window
  * slot. */
 typedef struct {
   int64_t rows, cols, numel, num_kept;
+  microadam_place place;
   microadam_extent elements, codes, buckets, indices, values, scales;
 } microadam_block_run;
 
 /* An interval on the dense path. */
 typedef struct {
   int64_t start, numel, state_start;
+  microadam_place place;
 } microadam_dense_run;
 
 /* The scalars of one step, rounded to fp32 by the caller; weights by age, 0 = newest. */
@@ -47,6 +55,7 @@ typedef struct {
   const float *m_weights, *v_weights;
   int64_t num_weights; /* valid slots */
   int64_t newest_slot; /* step mod window_size */
+  int64_t step_key;    /* of stochastic rounding */
 } microadam_scalars;
 
 /* Where everything of a tensor lies. */
@@ -71,6 +80,7 @@ typedef struct {
   uint16_t* scales;                /* bf16; null: the window is not packed */
   float *exp_avg, *exp_avg_sq;
   int64_t param_dtype, grad_dtype; /* enum microadam_dtype */
+  int64_t is_stochastic;           /* how bf16 weights are rounded */
 } microadam_tensor;
 
 /* The settings of the group that decide shapes. Error-feedback codes have 4 bits. */

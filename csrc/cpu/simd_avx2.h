@@ -44,6 +44,12 @@ inline void store(Bf16* to, Floats x) {
   const Ints rounded = bf16_bits(_mm256_castps_si256(x));
   store_shorts(&to->bits, _mm256_blendv_epi8(rounded, splat(0x7FC0), is_nan));
 }
+// Adds 16 bits of noise and cuts off as many.
+inline void store_with_noise(Bf16* to, Floats x, Ints noise) {
+  const Ints is_nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  const Ints rounded = _mm256_srli_epi32(_mm256_add_epi32(_mm256_castps_si256(x), noise), 16);
+  store_shorts(&to->bits, _mm256_blendv_epi8(rounded, splat(0x7FC0), is_nan));
+}
 inline void store(Fp16* to, Floats x) {
   const __m128i rounded = _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), rounded);
@@ -89,6 +95,17 @@ inline int32_t reduce_add(Ints x) {
   __m128i half = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
   half = _mm_add_epi32(half, _mm_unpackhi_epi64(half, half));
   return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 1)));
+}
+
+// ---- integers, modulo 2**32
+
+inline Ints lane_numbers() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
+inline Ints add(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
+inline Ints multiply(Ints a, Ints b) { return _mm256_mullo_epi32(a, b); }
+inline Ints exclusive_or(Ints a, Ints b) { return _mm256_xor_si256(a, b); }
+template <int count>
+inline Ints shift_right(Ints x) {
+  return _mm256_srli_epi32(x, count);
 }
 
 // ---- conditions

@@ -50,6 +50,12 @@ inline void store(Bf16* to, Floats x) {
   const Ints rounded = bf16_bits(_mm512_castps_si512(x));
   store_shorts(&to->bits, _mm512_mask_mov_epi32(rounded, is_nan, splat(0x7FC0)));
 }
+// Adds 16 bits of noise and cuts off as many.
+inline void store_with_noise(Bf16* to, Floats x, Ints noise) {
+  const Lanes is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  const Ints rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(x), noise), 16);
+  store_shorts(&to->bits, _mm512_mask_mov_epi32(rounded, is_nan, splat(0x7FC0)));
+}
 inline void store(Fp16* to, Floats x) {
   const __m256i rounded = _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), rounded);
@@ -90,6 +96,17 @@ inline Ints magnitude(Floats x) { return _mm512_and_si512(_mm512_castps_si512(x)
 inline Ints max(Ints a, Ints b) { return _mm512_max_epi32(a, b); }
 inline int32_t reduce_max(Ints x) { return _mm512_reduce_max_epi32(x); }
 inline int32_t reduce_add(Ints x) { return _mm512_reduce_add_epi32(x); }
+
+// ---- integers, modulo 2**32
+
+inline Ints lane_numbers() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
+inline Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+inline Ints multiply(Ints a, Ints b) { return _mm512_mullo_epi32(a, b); }
+inline Ints exclusive_or(Ints a, Ints b) { return _mm512_xor_si512(a, b); }
+template <int count>
+inline Ints shift_right(Ints x) {
+  return _mm512_srli_epi32(x, count);
+}
 
 // ---- conditions
 

@@ -33,6 +33,14 @@ inline void store(T* to, Floats x) {
   for (int i = 0; i < kLanes; ++i) round_to(to + i, x[i]);
 }
 
+// Adds 16 bits of noise and cuts off as many.
+inline void store_with_noise(Bf16* to, Floats x, Ints noise) {
+  for (int i = 0; i < kLanes; ++i) {
+    const uint32_t bits = float_bits(x[i]) + static_cast<uint32_t>(noise[i]);
+    to[i].bits = x[i] == x[i] ? static_cast<uint16_t>(bits >> 16) : uint16_t{0x7FC0};
+  }
+}
+
 inline Ints load_ints(const uint32_t* from) {
   Ints x;
   memcpy(&x, from, sizeof x);
@@ -89,11 +97,23 @@ inline int32_t reduce_max(Ints x) {
 }
 inline int32_t reduce_add(Ints x) { return x[0] + x[1] + x[2] + x[3]; }
 
+typedef uint32_t Unsigned __attribute__((vector_size(16)));
+
 // Bits of fp32 numbers, none of them NaN -> bits of the nearest bf16.
 inline Ints bf16_bits(Ints x) {
-  typedef uint32_t Unsigned __attribute__((vector_size(16)));
   const Unsigned bits = (Unsigned)x;
   return (Ints)((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
+}
+
+// ---- integers, modulo 2**32
+
+inline Ints lane_numbers() { return Ints{0, 1, 2, 3}; }
+inline Ints add(Ints a, Ints b) { return (Ints)((Unsigned)a + (Unsigned)b); }
+inline Ints multiply(Ints a, Ints b) { return (Ints)((Unsigned)a * (Unsigned)b); }
+inline Ints exclusive_or(Ints a, Ints b) { return a ^ b; }
+template <int count>
+inline Ints shift_right(Ints x) {
+  return (Ints)((Unsigned)x >> count);
 }
 
 // ---- conditions

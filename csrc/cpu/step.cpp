@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "kernel.h"
+#include "counters.h"
 #include "microadam_cpu.h"
 #include "threads.h"
 
@@ -130,6 +131,10 @@ T* at_element(T* base, int64_t dtype, int64_t offset) {
 
 Bf16* bf16(uint16_t* x) { return reinterpret_cast<Bf16*>(x); }
 
+uint32_t counter_of(const microadam_tensor& tensor, const microadam_place& place, int64_t element) {
+  return first_counter(place.origin + element, tensor.scalars->step_key, place.shape_key);
+}
+
 Block locate(const microadam_tensor& tensor, const microadam_block_run& run, int64_t index, int64_t window_size) {
   const int64_t row = index / run.cols, col = index % run.cols;
   const auto begin = [=](const microadam_extent& e) { return e.start + row * e.row_stride + col * e.size; };
@@ -148,6 +153,7 @@ Block locate(const microadam_tensor& tensor, const microadam_block_run& run, int
   block.num_kept = static_cast<int>(run.num_kept);
   block.index_bytes = static_cast<int>(run.indices.size);
   block.value_bytes = static_cast<int>(run.values.size * value_bytes);
+  block.counter = counter_of(tensor, run.place, element);
   return block;
 }
 
@@ -171,6 +177,7 @@ void run_dense(Call& call, const Job& job, int64_t first, const Step& step) {
   piece.exp_avg = tensor.exp_avg + moment;
   piece.exp_avg_sq = tensor.exp_avg_sq + moment;
   piece.numel = static_cast<int>(std::min(job.units_per_piece, job.dense->numel - first));
+  piece.counter = counter_of(tensor, job.dense->place, element);
   if (call.kernel->dense_step(piece, step)) return;
   if (!call.dense_skipped[&job - call.jobs.data()].exchange(true)) ++call.num_skipped;
 }
@@ -202,7 +209,7 @@ void work(void* argument) {
     for (; piece >= job->end; ++job) job_begin = job->end;
     const microadam_tensor& tensor = *job->tensor;
     const Step step = {tensor.scalars, call.settings->window_size, call.settings->bucket_size, tensor.param_dtype,
-                       tensor.grad_dtype};
+                       tensor.grad_dtype, tensor.is_stochastic != 0};
     const int64_t first = (piece - job_begin) * job->units_per_piece;
     if (job->blocks != nullptr) {
       run_blocks(call, *job, first, step, scratch);

@@ -6,6 +6,7 @@
 
 #include "kernel.h"
 #include "packed_window.h"
+#include "rounding.h"
 #include "vector_loops.h"
 
 namespace microadam {
@@ -126,7 +127,7 @@ inline Floats adam_update(const Moments* sums, const microadam_scalars& scalars)
 }
 
 // p = p * (1 - lr*wd);  p[touched] -= lr * (m / (eps + sqrt(v)))
-inline void update_weights(float* param, const Block& block, const Step& step, const Scratch& s) {
+inline void update_weights(float* param, const Nearest&, const Block& block, const Step& step, const Scratch& s) {
   const microadam_scalars& scalars = *step.scalars;
   const auto [indices, count] = sum_entries(block, step, s);
   if (scalars.decay != 1.f) {
@@ -139,25 +140,32 @@ inline void update_weights(float* param, const Block& block, const Step& step, c
   for (int i = 0; i < count; ++i) param[indices[i]] -= updates[i];
 }
 
-// Whether a weight times `decay` rounds to the weight itself, whatever the weight: with b significant bits its
-// neighbours are at least 2**-b times itself away, so a change of 2**-(b+2) times itself is far from half way to them.
-inline bool rounds_away(const Bf16*, float decay) { return decay <= 1.f && 1.f - decay <= 0x1p-10f; }
-inline bool rounds_away(const Fp16*, float decay) { return decay <= 1.f && 1.f - decay <= 0x1p-13f; }
+// p = p * (1 - lr*wd)
+template <class Param, class Rounding>
+inline void decay_weights(Param* param, const Rounding& rounding, int numel, Floats decay) {
+  int i = 0;
+  for (; i + kLanes <= numel; i += kLanes) rounding.store_from(i, param + i, load(param + i) * decay);
+  if (i < numel) {
+    Param rest[kLanes];
+    rounding.store_from(i, rest, load_first(param + i, numel - i) * decay);
+    memcpy(param + i, rest, static_cast<size_t>(numel - i) * sizeof(Param));
+  }
+}
 
 // The same for 16-bit weights, each rounded once: the touched ones are taken out before the others are decayed.
-template <class Param>
-inline void update_weights(Param* param, const Block& block, const Step& step, const Scratch& s) {
+template <class Param, class Rounding>
+inline void update_weights(Param* param, const Rounding& rounding, const Block& block, const Step& step,
+                           const Scratch& s) {
   const microadam_scalars& scalars = *step.scalars;
   const auto [indices, count] = sum_entries(block, step, s);
   const Floats decay = splat(scalars.decay);
   Param* weights = reinterpret_cast<Param*>(s.weights);
   MICROADAM_UNROLL
   for (int i = 0; i < count; ++i) weights[i] = param[indices[i]];
-  if (!rounds_away(param, scalars.decay)) {
-    transform(param, param, block.numel, [=](Floats w) { return w * decay; });
-  }
+  if (!rounding.keeps_all(param, scalars.decay)) decay_weights(param, rounding, block.numel, decay);
   for (int i = 0; i < count; i += kLanes) {
-    store(weights + i, load(weights + i) * decay - adam_update(s.sums + i, scalars));
+    const Floats weight = load(weights + i) * decay - adam_update(s.sums + i, scalars);
+    rounding.store_listed(indices + i, count - i, weights + i, weight);
   }
   // In this order: the last entry of a coordinate, which has its sums, is the one that stays.
   MICROADAM_UNROLL

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "launch.cuh"
+#include "rounding.cuh"
 #include "traits.cuh"
 
 namespace microadam {
@@ -24,6 +25,7 @@ struct Block {
   Bf16* scales;             // one for each slot of a packed window
   int32 numel, num_kept;
   int32 index_bytes;  // of a slot
+  uint32 counter;     // of the first element, see rounding.cuh
 };
 
 // The elements of a chunk that are kept.
@@ -61,9 +63,15 @@ __device__ __forceinline__ int64 offset_of(const Extent& extent, uint32 row, uin
   return extent.start + row * extent.row_stride + col * extent.size;
 }
 
+__device__ __forceinline__ uint32 counter_of(const Place& place, uint32 step_key, int64 element) {
+  return static_cast<uint32>(place.origin + element) * kPositionFactor +
+         mix(step_key ^ static_cast<uint32>(place.shape_key));
+}
+
 // Block number `index` of a run.
 template <class Traits>
-__device__ __forceinline__ Block<Traits> find_block(const Tensor& tensor, const Run& run, uint32 index) {
+__device__ __forceinline__ Block<Traits> find_block(const Tensor& tensor, const Run& run, uint32 index,
+                                                    uint32 step_key) {
   uint32 row = 0, col = index;
   if (run.cols != 0) {
     row = index / static_cast<uint32>(run.cols);
@@ -78,6 +86,7 @@ __device__ __forceinline__ Block<Traits> find_block(const Tensor& tensor, const 
   block.bucket_hi = tensor.bucket_hi + bucket;
   block.numel = static_cast<int32>(run.numel);
   block.num_kept = static_cast<int32>(run.num_kept);
+  if (Traits::kStochastic) block.counter = counter_of(run.place, step_key, element);
   if (Traits::kHasWindow) {
     const int64 value = Traits::kWindowSize * offset_of(run.values, row, col);
     block.indices = tensor.indices + Traits::kWindowSize * offset_of(run.indices, row, col);

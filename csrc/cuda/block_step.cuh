@@ -88,6 +88,7 @@ __device__ __forceinline__ void dense_step(const Tensor& tensor, const Run& run,
   float* const exp_avg = tensor.exp_avg + run.values.start;
   float* const exp_avg_sq = tensor.exp_avg_sq + run.values.start;
   const int64 end = min(start + Traits::kCapacity, run.numel);
+  const uint32 counter = counter_of(run.place, scalars.step_key, run.elements.start);
   bool is_finite = true;
 #pragma unroll 1
   for (int64 i = start + threadIdx.x; i < end; i += Traits::kThreads) {
@@ -98,7 +99,12 @@ __device__ __forceinline__ void dense_step(const Tensor& tensor, const Run& run,
       const float update = adam_update(m * scalars.m_correction, v * scalars.v_correction, scalars);
       exp_avg[i] = m;
       exp_avg_sq[i] = v;
-      round_to(param + i, to_float(param[i]) * scalars.decay - update);
+      const float weight = to_float(param[i]) * scalars.decay - update;
+      if constexpr (Traits::kStochastic) {
+        round_to(param + i, weight, counter + static_cast<uint32>(i) * kPositionFactor);
+      } else {
+        round_to(param + i, weight);
+      }
     } else {
       is_finite = false;
     }
@@ -116,7 +122,7 @@ __device__ __forceinline__ void step(const Launch& launch, uint32 index, Shared<
   const uint32 index_in_run = index - static_cast<uint32>(run.first_block);
   if (threadIdx.x == 0) {
     s.scalars = launch.device_scalars == nullptr ? launch.scalars : launch.device_scalars[run.tensor];
-    if (run.num_kept != 0) s.block = find_block<Traits>(tensor, run, index_in_run);
+    if (run.num_kept != 0) s.block = find_block<Traits>(tensor, run, index_in_run, s.scalars.step_key);
   }
   clear_bins(s);
   clear_sums(s);

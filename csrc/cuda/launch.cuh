@@ -13,6 +13,12 @@ struct Extent {
   int64 start, row_stride, size;
 };
 
+// What the noise of stochastic rounding depends on: element i of the local tensor is element `origin + i` of a
+// parameter, the shape of which gives the key.
+struct Place {
+  int64 origin, shape_key;
+};
+
 // rows x cols Top-K blocks of `numel` elements, or (num_kept == 0) an interval of `numel` elements on the dense path.
 struct Run {
   int64 first_block;  // of the launch
@@ -20,6 +26,7 @@ struct Run {
   int64 numel, num_kept;
   int64 cols;        // 0: the blocks follow each other in all tensors, no row needs to be found
   int64 is_aligned;  // whether the extents allow vector accesses
+  Place place;
   Extent elements, codes, buckets;
   Extent indices, values, scales;  // of one window slot; `values.start` on the dense path: where its moments begin
 };
@@ -45,6 +52,7 @@ struct Scalars {
   int32 num_weights;  // valid slots
   int32 newest_slot;  // step mod window_size
   int32 is_skipped;   // an overflow was found in the gradients: nothing is changed
+  uint32 step_key;    // of stochastic rounding
 };
 
 // What the scalars of a step are computed from where that is done on the device. Null pointers: not given.
@@ -56,6 +64,7 @@ struct DeviceInputs {
   const float* factors;  // m_factor, v_factor, m_correction and v_correction by step; the last ones hold on
   int64 num_factors;
   int64 window_size;
+  int64 mixed_seed;  // of stochastic rounding
 };
 
 // Runs are found by block: first_runs[i] is the run of block i << kRunShift, and one more run marks the end.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "launch.cuh"
+#include "rounding.cuh"
 
 namespace microadam {
 
@@ -28,6 +29,7 @@ __device__ __forceinline__ void compute_scalars(const Launch& launch, int index)
   scalars.v_correction = factors[3];
   scalars.num_weights = static_cast<int32>(min(step + 1, inputs.window_size));
   scalars.newest_slot = static_cast<int32>(step % inputs.window_size);
+  scalars.step_key = mix(static_cast<uint32>(inputs.mixed_seed + step));
   launch.device_scalars[index] = scalars;
 }
 

@@ -17,6 +17,7 @@ struct Settings {
   static constexpr int kBucketSize = MICROADAM_BUCKET_SIZE;
   static constexpr int kMaxKept = MICROADAM_MAX_KEPT;             // of any block
   static constexpr bool kPackedWindow = MICROADAM_PACKED_WINDOW;  // 12-bit indices and 8-bit values
+  static constexpr bool kStochastic = MICROADAM_STOCHASTIC;       // how weights, which are bf16 then, are rounded
 };
 
 }  // namespace microadam

@@ -148,7 +148,12 @@ __device__ __forceinline__ void apply_updates(int section, const Shared<Traits>&
   load_first<kAligned>(weights, in_global(s.block.param) + first, count);
 #pragma unroll
   for (int j = 0; j < kVector; ++j) weights[j] = weights[j] * s.scalars.decay - update[j];
-  store_first<kAligned>(in_global(s.block.param) + first, weights, count);
+  auto* const param = in_global(s.block.param) + first;
+  if constexpr (Traits::kStochastic) {
+    store_first<kAligned>(param, weights, count, s.block.counter + first * kPositionFactor);
+  } else {
+    store_first<kAligned>(param, weights, count);
+  }
 }
 
 }  // namespace microadam

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..layout import ERROR_TENSORS, BlockRun, Extent, StateLayout
 from .error_feedback import StoredError
+from .rounding import counters, shape_key
 from .window import Window
 
 
@@ -21,12 +22,15 @@ class Blocks(NamedTuple):
         grad: (rows, cols, n), dtype of the gradient, or None where only the weights are updated.
         error: (rows, cols, x) each, or None without error feedback or gradient.
         window: (rows, cols, window_size, x) each, or None when no window is stored.
+        counters: (rows, cols, 1) int32, those of their first elements, see `rounding`; None: weights are rounded to
+            nearest. Not a view.
     """
 
     param: Tensor
     grad: Tensor | None
     error: StoredError | None
     window: Window | None
+    counters: Tensor | None
 
     def copy_of(self, rows: Sequence[int], cols: Sequence[int]) -> Blocks:
         """Copies of the blocks (rows[i], cols[i]), as many rows of one block each."""
@@ -51,7 +55,13 @@ def _map_tensors(function: Callable[..., Tensor], *parts: Any) -> Any:
 
 
 def block_views(
-    layout: StateLayout, run: BlockRun, param: Tensor, grad: Tensor | None, state: Mapping[str, Tensor], rows: range
+    layout: StateLayout,
+    run: BlockRun,
+    param: Tensor,
+    grad: Tensor | None,
+    state: Mapping[str, Tensor],
+    rows: range,
+    step_key: int | None = None,
 ) -> Blocks:
     """Views of the blocks in ``rows`` of ``run``.
 
@@ -62,6 +72,7 @@ def block_views(
         grad: Its gradient, likewise, or None.
         state: The state tensors, likewise, by name.
         rows: Consecutive rows of the run.
+        step_key: See `rounding`; None: weights are rounded to nearest.
     """
 
     def view(tensor: Tensor, extent: Extent) -> Tensor:
@@ -76,7 +87,15 @@ def block_views(
         None if grad is None else view(grad, run.elements),
         error,
         window_views(layout, run, state, rows) if layout.has_window else None,
+        None if step_key is None else _first_counters(layout, run, rows, step_key, param.device),
     )
+
+
+def _first_counters(layout: StateLayout, run: BlockRun, rows: range, step_key: int, device: torch.device) -> Tensor:
+    row, col = (torch.arange(x.start, x.stop, device=device) for x in (rows, range(run.cols)))
+    span, extent = layout.spans[run.span_index], run.elements
+    places = extent.start + row.view(-1, 1, 1) * extent.row_stride + col.view(-1, 1) * extent.size
+    return counters(span.origin + places, step_key, shape_key(span.global_shape))
 
 
 def window_views(layout: StateLayout, run: BlockRun, state: Mapping[str, Tensor], rows: range) -> Window:

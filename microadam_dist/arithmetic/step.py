@@ -3,7 +3,7 @@
 Source: MicroAdam, arXiv:2405.15593, Algorithms 1 and 2. Everything is computed in fp32 and rounded once after every
 operation, in the order written here; scalars are computed in float64 and rounded once to fp32 (`StepScalars`). The
 bits of the result are the contract: no fused multiply-add (hence no ``add(alpha=)``, ``addcmul`` or ``lerp``), exact
-square roots and divisions, ties to the lowest index.
+square roots and divisions, ties to the lowest index. New weights are rounded to their dtype once, see `rounding`.
 
 Shapes: B blocks of n elements, k kept in each, q buckets of ``bucket_size`` elements (the last may be shorter).
 """
@@ -18,6 +18,7 @@ from torch import Tensor
 from ..config import MicroAdamConfig
 from .blocks import Blocks
 from .error_feedback import StoredError, decode_error, encode_error
+from .rounding import counters_from, round_weights
 from .scalars import MAGNITUDE_LIMIT, StepScalars
 from .window import Slot, decode_slot, encode_slot
 
@@ -47,7 +48,7 @@ def microadam_step_(blocks: Blocks, config: MicroAdamConfig, num_kept: int, step
             blocks.window.store_(step % window_size, newest)
         slots = [decode_slot(newest)]  # by age, 0 = newest
     slots += stored_slots(blocks, [(step - age) % window_size for age in range(len(slots), len(scalars.m_weights))])
-    update_weights_(blocks.param, slots, finite, scalars)
+    update_weights_(blocks, slots, finite, scalars)
     return (~finite).sum()
 
 
@@ -100,17 +101,17 @@ def keep_largest_(
 
 
 def update_weights_(
-    param: Tensor, slots: Sequence[tuple[Tensor, Tensor]], finite: Tensor, scalars: StepScalars
+    blocks: Blocks, slots: Sequence[tuple[Tensor, Tensor]], finite: Tensor, scalars: StepScalars
 ) -> None:
-    """Moments from the window, and the update. In place: ``param`` (rows, cols, n).
+    """Moments from the window, and the update. In place: the weights of the blocks.
 
     Args:
-        param: The blocks' weights, B = rows * cols.
+        blocks: The blocks, B = rows * cols.
         slots: (B, k) int64 indices and (B, k) fp32 values of the valid slots by age, 0 = newest.
         finite: (B, 1) bool; the weights of other blocks stay as they are.
         scalars: The scalars of this step.
     """
-    new = param.flatten(0, 1).float()  # (B, n)
+    new = blocks.param.flatten(0, 1).float()  # (B, n)
 
     # M = sum b1^r V_r,  V = sum b2^r V_r^2, oldest to newest; indices are unique inside a slot
     m_sum, v_sum = torch.zeros_like(new), torch.zeros_like(new)
@@ -125,13 +126,22 @@ def update_weights_(
     update = adam_direction(m_sum * scalars.m_factor, v_sum * scalars.v_factor, scalars.eps) * scalars.lr
     new = new * scalars.decay
     new = torch.where(touched, new - update, new)
-    _assign_where_(param, finite, new)
+    first = blocks.counters
+    counters = None if first is None else counters_from(first.flatten(0, 1), new.shape[1])
+    _assign_where_(blocks.param, finite, round_weights(new, blocks.param.dtype, counters))
 
 
-def adamw_step_(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scalars: StepScalars) -> Tensor:
+def adamw_step_(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    scalars: StepScalars,
+    counters: Tensor | None = None,
+) -> Tensor:
     """One AdamW step on the dense path, elementwise. In place: ``param`` and both fp32 moments, all (n,).
 
-    An element whose gradient is not finite (see `MAGNITUDE_LIMIT`) is skipped.
+    An element whose gradient is not finite (see `MAGNITUDE_LIMIT`) is skipped. ``counters``: see `rounding`.
 
     Returns:
         1 if any element was skipped, else 0; 0-dim int64.
@@ -146,9 +156,9 @@ def adamw_step_(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor
 
     # p = p * (1 - lr*wd) - lr * (m_hat / (eps + sqrt(v_hat)))
     update = adam_direction(m * scalars.m_correction, v * scalars.v_correction, scalars.eps) * scalars.lr
-    new_param = param.float() * scalars.decay - update
+    new_param = round_weights(param.float() * scalars.decay - update, param.dtype, counters)
     for old, new in ((param, new_param), (exp_avg, m), (exp_avg_sq, v)):
-        old.copy_(torch.where(finite, new.to(old.dtype), old))
+        old.copy_(torch.where(finite, new, old))
     return (~finite).any().long()
 
 

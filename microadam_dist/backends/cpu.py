@@ -17,16 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arithmetic.rounding import is_stochastic, step_key
 from ..arithmetic.scalars import StepScalars
 from ..config import MicroAdamConfig
 from ..errors import BackendUnavailableError, ConfigError
 from ..layout import StateLayout
 from . import __path__ as _FOLDERS  # an editable install has two: the sources and what was built
 from .base import TensorStep
-from .structures import EXTENT_FIELDS, FloatScalars, extents_of, float_values
+from .structures import EXTENT_FIELDS, FloatScalars, Place, extents_of, float_values, place_of
 from .tensors import Addresses, pack_rows, readable_grads
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 LIBRARY_NAME = "libmicroadam_cpu.so"
 ISAS = {"portable": 0, "avx2": 1, "avx512": 2}  # slowest first
 
@@ -34,11 +35,15 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class _BlockRun(Structure):
-    _fields_ = [*((name, c_int64) for name in ("rows", "cols", "numel", "num_kept")), *EXTENT_FIELDS]
+    _fields_ = [
+        *((name, c_int64) for name in ("rows", "cols", "numel", "num_kept")),
+        ("place", Place),
+        *EXTENT_FIELDS,
+    ]
 
 
 class _DenseRun(Structure):
-    _fields_ = [("start", c_int64), ("numel", c_int64), ("state_start", c_int64)]
+    _fields_ = [("start", c_int64), ("numel", c_int64), ("state_start", c_int64), ("place", Place)]
 
 
 class _Scalars(FloatScalars):
@@ -47,6 +52,7 @@ class _Scalars(FloatScalars):
         ("v_weights", POINTER(c_float)),
         ("num_weights", c_int64),
         ("newest_slot", c_int64),
+        ("step_key", c_int64),
     ]
 
 
@@ -67,11 +73,15 @@ class _Layout:
     """One layout as the kernel reads it; it never changes."""
 
     def __init__(self, layout: StateLayout) -> None:
+        places = [place_of(span) for span in layout.spans]
         blocks = (_BlockRun * len(layout.runs))(
-            *(_BlockRun(run.rows, run.cols, run.numel, run.num_kept, *extents_of(run)) for run in layout.runs)
+            *(
+                _BlockRun(run.rows, run.cols, run.numel, run.num_kept, places[run.span_index], *extents_of(run))
+                for run in layout.runs
+            )
         )
         dense = (_DenseRun * len(layout.dense_runs))(
-            *(_DenseRun(run.start, run.numel, run.state_start) for run in layout.dense_runs)
+            *(_DenseRun(run.start, run.numel, run.state_start, places[run.span_index]) for run in layout.dense_runs)
         )
         self._fields = _LayoutFields(blocks, dense, len(blocks), len(dense))
         self.address = ctypes.addressof(self._fields)
@@ -130,7 +140,8 @@ class CpuBackend:
         scalars = {step: _scalars(step, config, grad_scale) for step in steps}  # alive until the call is over, as grads
         grads = readable_grads(tensors)
         settings = _Settings(config.window_size, config.bucket_size, config.packed_window)
-        table = self._table(tensors, grads, {step: ctypes.addressof(members) for step, members in scalars.items()})
+        addresses = {step: ctypes.addressof(members) for step, members in scalars.items()}
+        table = self._table(tensors, grads, addresses, config.rounding)
         num_skipped = self._library.microadam_cpu_step(
             byref(settings), table, len(tensors), ISAS[self.isa], self.num_threads
         )
@@ -139,7 +150,7 @@ class CpuBackend:
         return int(num_skipped)
 
     def _table(
-        self, tensors: Sequence[TensorStep], grads: Sequence[Tensor | None], scalars: Mapping[int, int]
+        self, tensors: Sequence[TensorStep], grads: Sequence[Tensor | None], scalars: Mapping[int, int], rounding: str
     ) -> bytes:
         """One microadam_tensor per tensor, from the address of the scalars by step."""
         for tensor in tensors:
@@ -155,6 +166,7 @@ class CpuBackend:
             *addresses.state,
             [_DTYPES[tensor.param.dtype] for tensor in tensors],
             [_DTYPES[torch.float32 if grad is None else grad.dtype] for grad in grads],
+            [int(is_stochastic(rounding, tensor.param.dtype)) for tensor in tensors],
         ]
         return pack_rows(fields)
 
@@ -175,6 +187,7 @@ def _scalars(step: int, config: MicroAdamConfig, grad_scale: float) -> _Scalars:
         weights(*scalars.v_weights),
         num_weights,
         step % config.window_size,
+        step_key(config.seed, step),
     )
 
 

@@ -7,18 +7,19 @@ import functools
 import math
 import operator
 from collections.abc import Iterable, Sequence
-from ctypes import Structure, c_double, c_int32, c_int64, c_void_p
+from ctypes import Structure, c_double, c_int32, c_int64, c_uint32, c_void_p
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..arithmetic.rounding import is_stochastic, mix, step_key
 from ..arithmetic.scalars import BiasFactors, StepScalars
 from ..config import MicroAdamConfig
 from ..errors import ConfigError
 from ..layout import BlockRun, StateLayout
 from .base import DeviceInputs, TensorStep
-from .structures import EXTENT_FIELDS, FloatScalars, extents_of, float_values
+from .structures import EXTENT_FIELDS, FloatScalars, Place, extents_of, float_values, place_of
 from .tensors import STATE_NAMES, Addresses, pack_rows
 
 MAX_TENSORS = 256  # so that a launch's parameters stay below 32 KiB
@@ -32,6 +33,7 @@ class Run(Structure):
 
     _fields_ = [
         *((name, c_int64) for name in ("first_block", "tensor", "numel", "num_kept", "cols", "is_aligned")),
+        ("place", Place),
         *EXTENT_FIELDS,
     ]
 
@@ -44,7 +46,7 @@ class _Tensor(Structure):
 
 
 class _Scalars(FloatScalars):
-    _fields_ = [(name, c_int32) for name in ("num_weights", "newest_slot", "is_skipped")]
+    _fields_ = [*((name, c_int32) for name in ("num_weights", "newest_slot", "is_skipped")), ("step_key", c_uint32)]
 
 
 SCALARS_BYTES = ctypes.sizeof(_Scalars)
@@ -54,7 +56,7 @@ class _DeviceInputs(Structure):
     _fields_ = [
         *((name, c_double) for name in ("lr", "weight_decay")),
         *((name, c_void_p) for name in ("lr_fp32", "lr_fp64", "loss_scale", "found_inf", "factors")),
-        *((name, c_int64) for name in ("num_factors", "window_size")),
+        *((name, c_int64) for name in ("num_factors", "window_size", "mixed_seed")),
     ]
 
 
@@ -121,10 +123,10 @@ class LaunchTables:
         self.num_blocks = 0
         for index, layout in enumerate(layouts):
             for run in layout.runs:
-                runs.append(_sparse_run(run, index, self.num_blocks))
+                runs.append(_sparse_run(run, index, self.num_blocks, place_of(layout.spans[run.span_index])))
                 self.num_blocks += run.num_blocks
             for dense in layout.dense_runs:
-                dense_run = Run(self.num_blocks, index, dense.numel)
+                dense_run = Run(self.num_blocks, index, dense.numel, place=place_of(layout.spans[dense.span_index]))
                 dense_run.elements.start, dense_run.values.start = dense.start, dense.state_start
                 runs.append(dense_run)
                 self.num_blocks += -(-dense.numel // self.shape.capacity)
@@ -133,10 +135,10 @@ class LaunchTables:
         self.first_runs = _to_device(_first_runs(runs, self.num_blocks), device)
 
 
-def _sparse_run(run: BlockRun, tensor: int, first_block: int) -> Run:
+def _sparse_run(run: BlockRun, tensor: int, first_block: int, place: Place) -> Run:
     is_aligned = run.elements.is_multiple_of(VECTOR) and run.codes.is_multiple_of(VECTOR // 2)
     cols = 0 if run.is_gapless else run.cols
-    return Run(first_block, tensor, run.numel, run.num_kept, cols, is_aligned, *extents_of(run))
+    return Run(first_block, tensor, run.numel, run.num_kept, cols, is_aligned, place, *extents_of(run))
 
 
 def _first_runs(runs: Sequence[Run], num_blocks: int) -> ctypes.Array[ctypes.c_uint32]:
@@ -167,6 +169,7 @@ def kernel_macros(
         "WINDOW_SIZE": config.window_size,
         "BUCKET_SIZE": config.bucket_size,
         "PACKED_WINDOW": int(config.packed_window),
+        "STOCHASTIC": int(is_stochastic(config.rounding, param)),
         "MAX_KEPT": config.num_kept(tables.longest),
     }
 
@@ -226,7 +229,8 @@ def fill_launch(
 def host_scalars(step: int, config: MicroAdamConfig, grad_scale: float) -> _Scalars:
     """The scalars of the update that follows ``step`` finished ones."""
     scalars = StepScalars.at(step, config, grad_scale)
-    return _Scalars(*float_values(scalars), len(scalars.m_weights), step % config.window_size, 0)
+    newest_slot = step % config.window_size
+    return _Scalars(*float_values(scalars), len(scalars.m_weights), newest_slot, 0, step_key(config.seed, step))
 
 
 def device_inputs(inputs: DeviceInputs, config: MicroAdamConfig, factors: Tensor) -> _DeviceInputs:
@@ -257,6 +261,7 @@ def device_inputs(inputs: DeviceInputs, config: MicroAdamConfig, factors: Tensor
         factors.data_ptr(),
         len(factors),
         config.window_size,
+        mix(config.seed),
     )
 
 

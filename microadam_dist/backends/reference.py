@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..arithmetic.blocks import block_views
+from ..arithmetic.rounding import counters, is_stochastic, shape_key, step_key
 from ..arithmetic.scalars import StepScalars
 from ..arithmetic.step import adamw_step_, microadam_step_
 from ..config import MicroAdamConfig
@@ -32,21 +33,27 @@ class ReferenceBackend:
         skipped: list[Tensor] = []
         for tensor in tensors:
             scalars = StepScalars.at(tensor.step, config, grad_scale)
+            key = step_key(config.seed, tensor.step) if is_stochastic(config.rounding, tensor.param.dtype) else None
             for run in tensor.layout.runs:
                 for rows in _chunks(run):
-                    blocks = block_views(tensor.layout, run, tensor.param, tensor.grad, tensor.state, rows)
+                    blocks = block_views(tensor.layout, run, tensor.param, tensor.grad, tensor.state, rows, key)
                     skipped.append(microadam_step_(blocks, tensor.layout.config, run.num_kept, tensor.step, scalars))
             if tensor.grad is not None:
-                skipped += [self._dense_step(tensor, tensor.grad, dense, scalars) for dense in tensor.layout.dense_runs]
+                skipped += [
+                    self._dense_step(tensor, tensor.grad, dense, scalars, key) for dense in tensor.layout.dense_runs
+                ]
         count_steps(tensors)
         return int(torch.stack(skipped).sum()) if skipped else 0
 
     @staticmethod
-    def _dense_step(tensor: TensorStep, grad: Tensor, dense: DenseRun, scalars: StepScalars) -> Tensor:
+    def _dense_step(tensor: TensorStep, grad: Tensor, dense: DenseRun, scalars: StepScalars, key: int | None) -> Tensor:
         local = slice(dense.start, dense.start + dense.numel)
         moments = slice(dense.state_start, dense.state_start + dense.numel)
         exp_avg, exp_avg_sq = (tensor.state[name].view(-1)[moments] for name in DENSE_TENSORS)
-        return adamw_step_(tensor.param.view(-1)[local], grad.view(-1)[local], exp_avg, exp_avg_sq, scalars)
+        param, span = tensor.param.view(-1)[local], tensor.layout.spans[dense.span_index]
+        positions = torch.arange(span.start, span.start + span.numel, device=param.device)
+        places = None if key is None else counters(positions, key, shape_key(span.global_shape))
+        return adamw_step_(param, grad.view(-1)[local], exp_avg, exp_avg_sq, scalars, places)
 
 
 def _chunks(run: BlockRun) -> Iterator[range]:

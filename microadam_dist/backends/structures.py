@@ -5,6 +5,7 @@ from __future__ import annotations
 from ctypes import Structure, c_float, c_int64
 
 from .. import layout
+from ..arithmetic.rounding import shape_key
 from ..arithmetic.scalars import StepScalars
 
 
@@ -12,6 +13,17 @@ class Extent(Structure):
     """`layout.Extent`."""
 
     _fields_ = [("start", c_int64), ("row_stride", c_int64), ("size", c_int64)]
+
+
+class Place(Structure):
+    """What the noise of stochastic rounding depends on, see `arithmetic.rounding`."""
+
+    _fields_ = [("origin", c_int64), ("shape_key", c_int64)]
+
+
+def place_of(span: layout.ShardSpan) -> Place:
+    """Of the elements of a span, from their places in the local tensor."""
+    return Place(span.origin, shape_key(span.global_shape))
 
 
 EXTENT_FIELDS = [(name, Extent) for name in ("elements", *layout.StateSize._fields)]

@@ -150,6 +150,11 @@ def _resident(field: str) -> int:
     return int(lines[field].split()[0]) * 1024
 
 
+def require_isa(name: str) -> None:
+    """Raise a BackendUnavailableError if this machine does not have the instruction set."""
+    CpuBackend(name)
+
+
 def describe(device: torch.device) -> dict[str, Any]:
     """The machine, as far as it decides the times."""
     if device.type == "cuda":

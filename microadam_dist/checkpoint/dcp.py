@@ -100,7 +100,9 @@ class SavedState:
                 f"{self._folder} has format {header['format']!r}, this version reads {FORMAT}. Load it with the "
                 "version of microadam_dist that wrote it."
             )
-        self.param_groups: list[dict[str, Any]] = header["param_groups"]
+        self.param_groups: list[dict[str, Any]] = [
+            {**group, "betas": tuple(group["betas"])} for group in header["param_groups"]
+        ]
         self._parameters = {
             plain_fqn(name): (tuple(saved["shape"]), MicroAdamConfig.from_dict(saved["settings"]))
             for name, saved in header["parameters"].items()

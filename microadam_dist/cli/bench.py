@@ -21,9 +21,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ..backends.cpu import CpuBackend
 from ..bench.contenders import BASELINE, Comparison, free_bytes, make_contenders, needed_bytes
-from ..bench.measure import Row, describe, measure, num_steps
+from ..bench.measure import Row, describe, measure, num_steps, require_isa
 from ..bench.plot import plot
 from ..bench.workload import Workload, parse_dtype, parse_model, parse_numel, parse_setting
 from ..diagnostics.environment import versions
@@ -107,7 +106,7 @@ def _usable_isas(text: str, device: Device) -> tuple[str, ...]:
     if isas and device is not Device.cpu:
         raise ConfigError(f"--isa {text}: only the CPU kernel has instruction sets to choose from; use --device cpu.")
     for name in isas:
-        CpuBackend(name)  # raises if this machine does not have it
+        require_isa(name)
     return isas
 
 

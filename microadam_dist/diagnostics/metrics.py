@@ -8,6 +8,7 @@ With a the accumulator (gradient and decoded error), I what Top-K takes, r = a o
     error_to_gradient  |Q(r)| / |g|        size of the stored error
     gradient_kept      |g[I]|^2 / |g|^2    share of the gradient's energy at the places that Top-K takes
     touched            share of the weights with a value in the window, which the step moves (beside weight decay)
+    changed            share of the weights whose bits are others after the step: less where rounding takes moves back
 
 The paper assumes a Top-K that leaves at most q |a|, and an unbiased quantizer that is off by at most omega |r|, for any
 vector. Measured is what the vectors of one step gave. Our quantizer rounds to nearest, so it is not unbiased.
@@ -25,6 +26,7 @@ Source: MicroAdam, arXiv:2405.15593, assumptions on the two compressors and conv
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -34,8 +36,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..arithmetic.blocks import Blocks, block_views, concatenate
+from ..arithmetic.rounding import is_stochastic, step_key
 from ..arithmetic.scalars import StepScalars
-from ..arithmetic.step import accumulate, keep_largest_, stored_error, stored_slots
+from ..arithmetic.step import accumulate, keep_largest_, stored_error, stored_slots, update_weights_
 from ..arithmetic.window import decode_slot
 from ..backends.base import TensorStep
 from ..config import MicroAdamConfig
@@ -44,6 +47,7 @@ from ..errors import ConfigError
 
 # Blocks are measured in pieces to bound the temporaries (about 60 bytes per element).
 CHUNK_NUMEL = 1 << 17
+_BITS = {2: torch.int16, 4: torch.int32}
 
 
 class BlockSums(NamedTuple):
@@ -57,6 +61,9 @@ class BlockSums(NamedTuple):
     error: float = 0.0
     touched: float = 0.0
     weights: float = 0.0
+    changed: float = 0.0
+    touched_to_nearest: float = 0.0  # 16-bit weights that are rounded to nearest ...
+    still: float = 0.0  # ... and those of them that stay as they are
 
     def ratios(self) -> dict[str, float]:
         """The metrics; NaN where nothing can be compared."""
@@ -69,6 +76,7 @@ class BlockSums(NamedTuple):
             "error_to_gradient": math.sqrt(_ratio(self.error, self.gradient)),
             "gradient_kept": _ratio(self.kept_gradient, self.gradient),
             "touched": _ratio(self.touched, self.weights),
+            "changed": _ratio(self.changed, self.weights),
         }
 
 
@@ -84,6 +92,7 @@ class _Alike(NamedTuple):
     step: int
     num_kept: int
     numel: int
+    dtype: torch.dtype
     device: torch.device
 
 
@@ -113,6 +122,7 @@ class Meter:
         self._sums: dict[dist.ProcessGroup | None, Tensor] = {}  # of this rank, in the step that goes on
         self._totals = BlockSums()  # of all ranks, in the calls that belong to the newest measured step
         self._measured_step = 0
+        self._has_warned = False
 
     def is_due(self, param_groups: Iterable[Mapping[str, Any]]) -> bool:
         """Whether the step that goes on, or comes, is measured; the same on all ranks that step together."""
@@ -134,9 +144,9 @@ class Meter:
         # Blocks of several tensors are measured together: an operation on a few blocks costs as much as on many.
         waiting: dict[_Alike, list[Blocks]] = {}
         for tensor, group in tensors:
-            for blocks, num_kept in _sampled_blocks(tensor):
-                numel, device = blocks.param.shape[2], blocks.param.device
-                alike = _Alike(group, tensor.layout.config, tensor.step, num_kept, numel, device)
+            for blocks, num_kept in _sampled_blocks(tensor, config):
+                numel, dtype, device = blocks.param.shape[2], blocks.param.dtype, blocks.param.device
+                alike = _Alike(group, tensor.layout.config, tensor.step, num_kept, numel, dtype, device)
                 waiting.setdefault(alike, []).append(blocks)
                 if sum(part.param.numel() for part in waiting[alike]) >= CHUNK_NUMEL:
                     self._add(alike, waiting.pop(alike), config, grad_scale)
@@ -172,16 +182,28 @@ class Meter:
                 skipped[rank] = num_skipped
                 self._totals = BlockSums(*(mine + other for mine, other in zip(self._totals, theirs, strict=True)))
         self._sums = {}
+        self._warn_of_still_weights()
         self.metrics = {**self._totals.ratios(), "nonfinite_blocks": float(sum(skipped.values()))}
         exchanged = optimizer.exchanged_bytes
         if exchanged.dense:
             self.metrics |= {"sent_bytes": float(exchanged.sent), "dense_bytes": float(exchanged.dense)}
 
+    def _warn_of_still_weights(self) -> None:
+        still, touched = self._totals.still, self._totals.touched_to_nearest
+        if still > touched / 2 and not self._has_warned and process_rank()[0] == 0:
+            self._has_warned = True
+            warnings.warn(
+                f"rounding to nearest leaves {still / touched:.0%} of the 16-bit weights that a step updates as they "
+                "were: their updates are smaller than half of their last bit, and lost. Use bf16 weights with "
+                "rounding='stochastic' (or 'auto'), fp32 weights, or a higher learning rate.",
+                stacklevel=4,
+            )
+
 
 def block_sums(blocks: Blocks, config: MicroAdamConfig, num_kept: int, step: int, scalars: StepScalars) -> Tensor:
-    """What one step does to B blocks, as `BlockSums`: (8,) float64.
+    """What one step does to B blocks, as `BlockSums`: (11,) float64.
 
-    In place: the error feedback takes its next value, so these are copies.
+    In place: error feedback and weights take their next values, so these are copies.
 
     Args:
         blocks: The blocks, with a gradient.
@@ -198,21 +220,30 @@ def block_sums(blocks: Blocks, config: MicroAdamConfig, num_kept: int, step: int
 
     window_size = config.window_size
     older = stored_slots(blocks, [(step - age) % window_size for age in range(1, len(scalars.m_weights))])
+    slots = [(indices, values), *older]
     touched = torch.zeros_like(residual, dtype=torch.bool)
-    for index, value in [(indices, values), *older]:
+    for index, value in slots:
         touched.scatter_(1, index, touched.gather(1, index) | (value != 0))
+    before = blocks.param.clone()
+    update_weights_(blocks, slots, finite, scalars)
+    changed = (blocks.param.view(_BITS[before.element_size()]) != before.view(_BITS[before.element_size()])).flatten(
+        0, 1
+    )
+    to_nearest = touched & (blocks.counters is None and before.element_size() == 2 and scalars.lr > 0)
 
     squares = (gradient, gradient.gather(1, indices), accumulator, residual, error - residual, error)
     norms = [torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float64) for x in squares]
-    numbers = touched.sum(1, keepdim=True), torch.full_like(finite, gradient.shape[1], dtype=torch.int64)
-    by_block = torch.cat([*(norm.square() for norm in norms), *numbers], dim=1)  # (B, 8)
+    of_weights = (touched, torch.ones_like(touched), changed, to_nearest, to_nearest & ~changed)
+    numbers = [which.sum(1, keepdim=True) for which in of_weights]
+    by_block = torch.cat([*(norm.square() for norm in norms), *numbers], dim=1)  # (B, 11)
     return torch.where(finite, by_block, 0.0).sum(0)
 
 
-def _sampled_blocks(tensor: TensorStep) -> Iterator[tuple[Blocks, int]]:
+def _sampled_blocks(tensor: TensorStep, config: MicroAdamConfig) -> Iterator[tuple[Blocks, int]]:
     """Copies of the sampled blocks, in pieces of one run, and their number of kept elements."""
+    key = step_key(config.seed, tensor.step) if is_stochastic(config.rounding, tensor.param.dtype) else None
     for run, rows, cols in tensor.layout.sample:
-        blocks = block_views(tensor.layout, run, tensor.param, tensor.grad, tensor.state, range(run.rows))
+        blocks = block_views(tensor.layout, run, tensor.param, tensor.grad, tensor.state, range(run.rows), key)
         num_blocks = max(1, CHUNK_NUMEL // run.numel)
         for start in range(0, len(rows), num_blocks):
             piece = slice(start, start + num_blocks)

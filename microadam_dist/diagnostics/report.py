@@ -37,7 +37,11 @@ PANELS = (
     Panel("norm ratio", {f"{PREFIX}error_to_gradient": "error feedback / gradient"}),
     Panel(
         "share, %",
-        {f"{PREFIX}gradient_kept": "gradient energy kept", f"{PREFIX}touched": "weights touched by a step"},
+        {
+            f"{PREFIX}gradient_kept": "gradient energy kept",
+            f"{PREFIX}touched": "weights touched by a step",
+            f"{PREFIX}changed": "weights whose bits change",
+        },
         factor=100,
     ),
     Panel("skipped blocks so far", {f"{PREFIX}nonfinite_blocks": "not finite"}),

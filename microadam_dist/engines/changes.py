@@ -2,7 +2,7 @@
 
 A rank updates its share of the weights and tells the others only what differs from what they expect:
 
-- expected is the old weight, decayed where everybody can compute that; the factor travels with the message.
+- expected is the old weight, decayed where everybody can compute that; what it takes travels with the message.
 - the sender finds the differences by comparing bits, so the result is exact whatever the step did.
 - a rank asks for a dense gather when its message would not be shorter than its share.
 
@@ -20,10 +20,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..arithmetic.rounding import counters, round_weights, shape_key
+from ..layout import ShardSpan
 
 # A share is compared, encoded and sent in pieces of this many weights, to bound the temporaries.
 PIECE_NUMEL = 1 << 24
@@ -50,16 +54,28 @@ class Counts(NamedTuple):
         return self.gap_bytes + self.narrow_bytes(width) + self.wide * width
 
 
+class Decay(NamedTuple):
+    """A step without an update.
+
+    Attributes:
+        factor: On the old weights.
+        step_key: Of stochastic rounding, see `arithmetic.rounding`; None: to nearest.
+    """
+
+    factor: float
+    step_key: int | None
+
+
 class Message(NamedTuple):
     """What a rank tells the others.
 
     Attributes:
-        decay: Factor on the old weights.
+        decay: Of the old weights.
         counts: Of each piece.
         payloads: (bytes,) uint8 of each piece.
     """
 
-    decay: float
+    decay: Decay
     counts: list[Counts]
     payloads: list[Tensor]
 
@@ -69,12 +85,22 @@ def pieces(numel: int) -> list[slice]:
     return [slice(start, min(start + PIECE_NUMEL, numel)) for start in range(0, numel, PIECE_NUMEL)]
 
 
-def compare(old_and_new: Iterable[tuple[Tensor, Tensor]], decay: float, max_bytes: int) -> Message | None:
-    """The message about a share, given by pieces; None where it would take ``max_bytes`` or more."""
+def compare(
+    old_and_new: Iterable[tuple[Tensor, Tensor]], decay: Decay, spans: Sequence[ShardSpan], max_bytes: int
+) -> Message | None:
+    """The message about a share, given by pieces; None where it would take ``max_bytes`` or more.
+
+    Args:
+        old_and_new: Weights of each piece.
+        decay: Of the old ones.
+        spans: What the share holds.
+        max_bytes: Of the payloads.
+    """
     message = Message(decay, [], [])
-    num_bytes = 0
+    num_bytes = start = 0
     for old, new in old_and_new:
-        payload, counts = encode(decayed(old, decay), new)
+        payload, counts = encode(decayed(old, decay, spans, start), new)
+        start += len(old)
         message.payloads.append(payload)
         message.counts.append(counts)
         num_bytes += len(payload)
@@ -83,12 +109,19 @@ def compare(old_and_new: Iterable[tuple[Tensor, Tensor]], decay: float, max_byte
     return message
 
 
-def exchange(message: Message | None, shares: Sequence[Tensor], own_rank: int, all_gather: AllGather) -> bool:
+def exchange(
+    message: Message | None,
+    shares: Sequence[Tensor],
+    spans: Sequence[Sequence[ShardSpan]],
+    own_rank: int,
+    all_gather: AllGather,
+) -> bool:
     """Exchange messages. In place: the other ranks' shares become what they are there.
 
     Args:
         message: About this rank's share; None asks for a dense gather.
         shares: The old weights of each rank's share, (n,) each, lengths may differ; those of ``own_rank`` are not used.
+        spans: What each share holds.
         own_rank: This rank.
         all_gather: Among the ranks that hold the shares.
 
@@ -96,12 +129,13 @@ def exchange(message: Message | None, shares: Sequence[Tensor], own_rank: int, a
         Whether it was done; on all ranks alike. If not, a rank asked for a dense gather and nothing was changed.
     """
     num_pieces = [len(pieces(share.numel())) for share in shares]
-    header = torch.full((1 + 3 * max(num_pieces),), math.nan, dtype=torch.float64)  # exact for all it carries
+    header = torch.full((2 + 3 * max(num_pieces),), math.nan, dtype=torch.float64)  # exact for all it carries
     if message is not None:
-        counts = torch.tensor(message.counts, dtype=torch.float64).view(-1)
-        header[: 1 + len(counts)] = torch.cat((torch.tensor([message.decay], dtype=torch.float64), counts))
+        factor, step_key = message.decay
+        numbers = [factor, -1 if step_key is None else step_key, *chain.from_iterable(message.counts)]
+        header[: len(numbers)] = torch.tensor(numbers, dtype=torch.float64)
     headers = all_gather(header.to(shares[own_rank].device)).tolist()
-    if message is None or any(math.isnan(decay) for decay, *_ in headers):
+    if message is None or any(math.isnan(factor) for factor, *_ in headers):
         return False
     width = shares[own_rank].element_size()
     for index in range(max(num_pieces)):
@@ -112,20 +146,43 @@ def exchange(message: Message | None, shares: Sequence[Tensor], own_rank: int, a
         received = all_gather(torch.nn.functional.pad(payload, (0, longest - len(payload))))
         for rank, counts_there in counts_of.items():
             if rank != own_rank:
-                weights = shares[rank][pieces(shares[rank].numel())[index]]
-                if headers[rank][0] != 1.0:
-                    weights.copy_(decayed(weights, headers[rank][0]))
+                piece = pieces(shares[rank].numel())[index]
+                weights = shares[rank][piece]
+                decay = _decay(headers[rank])
+                if decay.factor != 1.0:
+                    weights.copy_(decayed(weights, decay, spans[rank], piece.start))
                 apply_(weights, received[rank, : counts_there.num_bytes(width)], counts_there)
     return True
 
 
+def _decay(header: Sequence[float]) -> Decay:
+    return Decay(header[0], None if header[1] < 0 else int(header[1]))
+
+
 def _counts(header: Sequence[float], index: int) -> Counts:
-    return Counts(*(int(count) for count in header[1 + 3 * index : 4 + 3 * index]))
+    return Counts(*(int(count) for count in header[2 + 3 * index : 5 + 3 * index]))
 
 
-def decayed(weights: Tensor, decay: float) -> Tensor:
-    """A step without an update: computed in fp32 and rounded once, as every backend does."""
-    return weights if decay == 1.0 else (weights.float() * decay).to(weights.dtype)
+def decayed(weights: Tensor, decay: Decay, spans: Sequence[ShardSpan], start: int) -> Tensor:
+    """Weights after a step without an update: computed in fp32 and rounded once, as every backend does.
+
+    Args:
+        weights: (n,), those of a share from number ``start`` on.
+        decay: Of this step.
+        spans: What the share holds.
+        start: See ``weights``.
+    """
+    if decay.factor == 1.0:
+        return weights
+    places = None
+    if decay.step_key is not None:
+        places = weights.new_zeros(len(weights), dtype=torch.int32)  # padding has none
+        for span in spans:
+            first, end = max(span.offset, start), min(span.offset + span.numel, start + len(weights))
+            if first < end:
+                positions = torch.arange(span.origin + first, span.origin + end, device=weights.device)
+                places[first - start : end - start] = counters(positions, decay.step_key, shape_key(span.global_shape))
+    return round_weights(weights.float() * decay.factor, weights.dtype, places)
 
 
 # ---------------------------------------------------------------- one piece

@@ -7,7 +7,7 @@ DeepSpeed 0.19.8.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..layout import ShardSpan
@@ -27,6 +27,16 @@ class FlatShard:
     spans: tuple[ShardSpan, ...]
     numel: int
     end_padding: int
+
+
+def share_spans(
+    placed: Iterable[tuple[str, tuple[int, ...], int]], share_start: int, share_end: int
+) -> Iterator[ShardSpan]:
+    """What the elements [share_start, share_end) of a buffer hold, in which parameters (name, shape, begin) lie."""
+    for fqn, shape, begin in placed:
+        start, end = max(begin, share_start), min(begin + math.prod(shape), share_end)
+        if start < end:
+            yield ShardSpan(fqn, shape, start - begin, end - start, start - share_start)
 
 
 def zero12_shard(shapes: Mapping[str, tuple[int, ...]], world_size: int, rank: int) -> FlatShard:
@@ -55,11 +65,8 @@ def _flat_shard(
         total = begins[-1] + math.prod(shape)
     share = -(-total // (share_multiple * world_size)) * share_multiple
     shard_start, shard_end = rank * share, (rank + 1) * share
-    spans = []
-    for (fqn, shape), begin in zip(shapes.items(), begins, strict=True):
-        start, end = max(begin, shard_start), min(begin + math.prod(shape), shard_end)
-        if start < end:
-            spans.append(ShardSpan(fqn, shape, start - begin, end - start, start - shard_start))
+    placed = ((fqn, shape, begin) for (fqn, shape), begin in zip(shapes.items(), begins, strict=True))
+    spans = share_spans(placed, shard_start, shard_end)
     return FlatShard(tuple(spans), share, end_padding=min(share, max(0, shard_end - total)))
 
 

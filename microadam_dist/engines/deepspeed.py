@@ -22,6 +22,7 @@ from ..errors import ConfigError, UnsupportedLayoutError
 from ..layout import ShardSpan
 from . import deepspeed_fragments, deepspeed_sparse, names
 from .base import ExchangingOptimizer, Place, Shard
+from .cuts import share_spans
 from .deepspeed_experts import ExpertNames, has_frozen_experts
 from .names import NamedParameter
 
@@ -297,13 +298,10 @@ def _stage1_2_spans(shard: Tensor, model: Sequence[NamedParameter]) -> Iterator[
         return  # this rank's share of the buffer is padding only
     buffer = owner.untyped_storage().data_ptr()
     shard_start = dist.get_rank(owner._dp_group) * shard.numel()
-    shard_end = shard_start + shard.numel()
     members = [named for named in model if named.param.untyped_storage().data_ptr() == buffer]
-    for named in sorted(members, key=lambda named: named.param.storage_offset()):
-        begin = int(named.param.storage_offset())
-        start, end = max(begin, shard_start), min(begin + named.param.numel(), shard_end)
-        if start < end:
-            yield ShardSpan(named.fqn, tuple(named.param.shape), start - begin, end - start, start - shard_start)
+    members.sort(key=lambda named: named.param.storage_offset())
+    placed = ((named.fqn, tuple(named.param.shape), int(named.param.storage_offset())) for named in members)
+    yield from share_spans(placed, shard_start, shard_start + shard.numel())
 
 
 def _master_copy(place: Place, trained: Sequence[NamedParameter]) -> Shard | None:

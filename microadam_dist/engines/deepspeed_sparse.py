@@ -5,8 +5,9 @@ model's dtype, to all others. MicroAdam changes about a tenth of it in a step. W
 sends only what differs from what the others expect, see `changes`:
 
 - if the master weights have the model's dtype, everybody computes the decay of a weight that is not touched,
-  ``p * (1 - lr * weight_decay)``. A 16-bit weight with an fp32 master is a rounding from which its decayed value does
-  not follow: there the old weight is expected, and one whose rounding moved is sent like a touched one.
+  ``p * (1 - lr * weight_decay)``, in bf16 rounded as its rank does. A 16-bit weight with an fp32 master is a rounding
+  from which its decayed value does not follow: there the old weight is expected, and one whose rounding moved is sent
+  like a touched one.
 - a group is gathered densely, by DeepSpeed's own function, when a rank's message would not be shorter, at the first
   step, after one that failed, and after weights were written to in place (a loaded checkpoint). What is written through
   ``.data`` is not noticed, and must be the same on all ranks.
@@ -23,8 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arithmetic.rounding import is_stochastic, step_key
 from ..errors import ConfigError
-from .changes import Message, compare, exchange, pieces
+from ..layout import ShardSpan
+from .changes import Decay, Message, compare, exchange, pieces
+from .cuts import share_spans
 
 TESTED_VERSIONS = "0.19."  # the code below was written against 0.19.8
 _GATHER = "all_gather_dp_groups"
@@ -121,14 +125,30 @@ class SparseGather:
         # Taken out until the exchange is through: if the step fails before it, the ranks' weights may differ.
         if len(shares) == 1 or self._synchronized.pop(group, None) != self._versions(group):
             return None
-        weights = shares[torch.distributed.get_rank(zero.real_dp_process_group[group])]
-        master = zero.single_partition_of_fp32_groups[group]
-        settings = zero.optimizer.param_groups[group]
-        decay = 1 - float(settings["lr"]) * float(settings["weight_decay"]) if master.dtype == weights.dtype else 1.0
+        rank = torch.distributed.get_rank(zero.real_dp_process_group[group])
+        weights, master = shares[rank], zero.single_partition_of_fp32_groups[group]
         rounded = (  # where DeepSpeed rounds it
             (weights[piece], master[piece].to(weights.dtype).to(weights.device)) for piece in pieces(len(weights))
         )
-        return compare(rounded, decay, max_bytes=weights.nbytes)
+        return compare(rounded, self._decay(group), self._spans(group, rank), max_bytes=weights.nbytes)
+
+    def _decay(self, group: int) -> Decay:
+        """Of the step that has just been taken."""
+        zero = self._zero
+        master, settings = zero.single_partition_of_fp32_groups[group], zero.optimizer.param_groups[group]
+        if master.dtype != zero.bit16_groups_flat[group].dtype:
+            return Decay(1.0, None)
+        factor = 1 - float(settings["lr"]) * float(settings["weight_decay"])
+        if not is_stochastic(settings["rounding"], master.dtype):
+            return Decay(factor, None)
+        return Decay(factor, step_key(settings["seed"], int(zero.optimizer.state[master]["step"]) - 1))
+
+    def _spans(self, group: int, rank: int) -> list[ShardSpan]:
+        """What a rank's share of a group's weights holds."""
+        numel = self._zero.parallel_partitioned_bit16_groups[group][rank].numel()
+        params = self._zero.bit16_groups[group]
+        placed = (("", tuple(param.shape), int(param.storage_offset())) for param in params)
+        return list(share_spans(placed, rank * numel, (rank + 1) * numel))
 
     @torch.no_grad()
     def gather(
@@ -152,7 +172,9 @@ class SparseGather:
             ranks = dp_process_group[group]
             own = torch.distributed.get_rank(ranks)
             self._zero.optimizer.exchanged_bytes.dense += shares[own].nbytes
-            if not exchange(self._messages.pop(group), shares, own, functools.partial(self._all_gather, ranks=ranks)):
+            spans = [self._spans(group, rank) for rank in range(len(shares))]
+            all_gather = functools.partial(self._all_gather, ranks=ranks)
+            if not exchange(self._messages.pop(group), shares, spans, own, all_gather):
                 self._dense_gather([groups_flat[group]], [shares], [ranks], **settings)
                 self._zero.optimizer.exchanged_bytes.sent += shares[own].nbytes
             self._synchronized[group] = self._versions(group)

@@ -15,17 +15,20 @@ import math
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..arithmetic.rounding import is_stochastic, step_key
 from ..config import MicroAdamConfig
 from ..errors import ConfigError
 from ..layout import ShardSpan, StateLayout
 from .base import ExchangedBytes, ExchangeSettings, Replay, Replayed, Rows, ShardState, Update, WeightExchange
-from .changes import compare, exchange, pieces
+from .changes import Decay, compare, exchange, pieces
+from .cuts import row_shard
 from .joins import require_no_join, watch_joins
 from .replicated import ReplicatedShard
 
@@ -121,7 +124,7 @@ class RowExchange(ABC):
     def _step_bucket(
         self, bucket: Sequence[Rows], config: MicroAdamConfig, update: Update, replay: Replay
     ) -> int | Tensor:
-        """Step parameters of one dtype."""
+        """Step parameters of one dtype that have taken as many steps."""
 
     def _require_agreement(self, rows: Sequence[Rows], config: MicroAdamConfig) -> None:
         mesh, device = _shard(rows[0]).mesh, rows[0].tensor.device
@@ -203,12 +206,15 @@ class TouchedExchange(RowExchange):
         shards = [_shard(row) for row in bucket]
         mesh, own = shards[0].mesh, shards[0].rank
         shares = [_flat(shards, rank) for rank in range(mesh.size())]
+        spans = [_flat_spans(shards, rank) for rank in range(mesh.size())]
         num_skipped = update([row.tensor for row in bucket])
         new = _flat(shards, own)
-        decay = 1 - config.lr * config.weight_decay
+        key = step_key(config.seed, bucket[0].step) if is_stochastic(config.rounding, new.dtype) else None
+        decay = Decay(1 - config.lr * config.weight_decay, key)
         longest = max(share.nbytes for share in shares)  # what a dense gather would send
-        message = compare(((shares[own][piece], new[piece]) for piece in pieces(len(new))), decay, longest)
-        if exchange(message, shares, own, lambda tensor: self._all_gather(tensor, mesh)):
+        compared = ((shares[own][piece], new[piece]) for piece in pieces(len(new)))
+        message = compare(compared, decay, spans[own], longest)
+        if exchange(message, shares, spans, own, lambda tensor: self._all_gather(tensor, mesh)):
             for rank, share in enumerate(shares):
                 if rank != own:
                     rows = [shard.rows_of(rank) for shard in shards]
@@ -331,12 +337,12 @@ def _slot_columns(layout: StateLayout, window: Mapping[str, Tensor], step: int) 
 
 
 def _comm_buckets(rows: Sequence[Rows]) -> Iterator[list[Rows]]:
-    """Parameters of one dtype, in order, up to `COMM_BUCKET_NUMEL` together; the same on all ranks."""
-    for dtype in dict.fromkeys(row.tensor.dtype for row in rows):
+    """Parameters of one dtype and step, in order, up to `COMM_BUCKET_NUMEL` together; the same on all ranks."""
+    for kind in dict.fromkeys((row.tensor.dtype, row.step) for row in rows):
         bucket: list[Rows] = []
         numel = 0
         for row in rows:
-            if row.tensor.dtype == dtype:
+            if (row.tensor.dtype, row.step) == kind:
                 most = _shard(row).rows_of(0).numel()  # no rank has more rows than the first
                 if bucket and numel + most > COMM_BUCKET_NUMEL:
                     yield bucket
@@ -354,6 +360,15 @@ def _shard(row: Rows) -> ReplicatedShard:
 def _flat(shards: Sequence[ReplicatedShard], rank: int) -> Tensor:
     """A copy of the rows a rank steps, one parameter after the other."""
     return torch.cat([shard.rows_of(rank).reshape(-1) for shard in shards])
+
+
+def _flat_spans(shards: Sequence[ReplicatedShard], rank: int) -> list[ShardSpan]:
+    """What `_flat` holds."""
+    spans: list[ShardSpan] = []
+    for shard in shards:
+        (span,) = row_shard(shard.name, tuple(shard.tensor.shape), shard.mesh.size(), rank).spans
+        spans.append(replace(span, offset=spans[-1].offset + spans[-1].numel if spans else 0))
+    return spans
 
 
 def _matrix(rows: Tensor) -> Tensor:

@@ -56,6 +56,11 @@ class ShardSpan:
         return cls(fqn, global_shape, start=0, numel=math.prod(global_shape))
 
     @property
+    def origin(self) -> int:
+        """What to add to the place of an element in the local tensor to get its position in the parameter."""
+        return self.start - self.offset
+
+    @property
     def global_numel(self) -> int:
         """Elements of the whole parameter."""
         return math.prod(self.global_shape)

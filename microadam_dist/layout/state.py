@@ -110,6 +110,7 @@ class SampledRun(NamedTuple):
 class DenseRun:
     """An interval on the dense path: element offset in the local tensor and in the moment tensors."""
 
+    span_index: int
     start: int
     numel: int
     state_start: int
@@ -238,9 +239,9 @@ class StateLayout:
         """The intervals on the dense path, in state order."""
         runs = []
         state_start = 0
-        for span in self.spans:
+        for index, span in enumerate(self.spans):
             if span.is_dense:
-                runs.append(DenseRun(span.offset, span.numel, state_start))
+                runs.append(DenseRun(index, span.offset, span.numel, state_start))
                 state_start += span.numel
         return tuple(runs)
 

@@ -16,7 +16,7 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from ..backends.base import CapturableBackend, DeviceInputs, TensorStep
 from ..backends.select import select_backend
-from ..config import SETTING_NAMES, MicroAdamConfig, adam_settings, check_flag, reject_unknown_settings
+from ..config import LATER_SETTINGS, SETTING_NAMES, MicroAdamConfig, adam_settings, check_flag, reject_unknown_settings
 from ..diagnostics.metrics import Meter
 from ..engines.base import ExchangedBytes, ExchangeSettings, Replayed, Rows, ShardState
 from ..engines.collectives import any_rank
@@ -36,7 +36,7 @@ class MicroAdam(Optimizer):
 
     Args:
         params: Parameters, named parameters or param groups; fp32, bf16 or fp16, frozen ones of any dtype. The settings
-            up to ``packed_window`` may be given per group.
+            up to ``seed`` may be given per group.
         lr, betas, eps, weight_decay: As in `torch.optim.AdamW`; start at 2 to 4 times its best learning rate.
         window_size: Number of sparse gradients kept (``m`` in the paper). 1 stores no window at all.
         density: Fraction of each block kept by Top-K (``k_init``).
@@ -45,6 +45,10 @@ class MicroAdam(Optimizer):
         ef_bits: Bits of one error-feedback code: 0 (off), 2, 4 or 8.
         packed_window: Store the window in 12-bit indices and 8-bit values: 0.82 instead of 0.96 bytes of state a
             parameter at window 10, density 0.01. What 8 bits leave stays in the error feedback.
+        rounding: Of the new weights to their dtype: ``"nearest"``, ``"stochastic"`` (for bf16, where an update of less
+            than half a bf16 step would be lost), or ``"auto"``, stochastic where bf16 weights are stepped. The noise is
+            a function of seed, step and position, so the bits are the same on any ranks and after a resume.
+        seed: Of stochastic rounding, in 0..2**32 - 1.
         backend: ``"auto"`` or the name of a backend; a named one never falls back to another.
         sparse_allgather: Under DeepSpeed ZeRO-1, 2: after the step send only the weights that changed, see
             `engines.deepspeed_sparse`; the bytes are counted in ``exchanged_bytes``. The weights are the same.
@@ -80,6 +84,8 @@ class MicroAdam(Optimizer):
         bucket_size: int = 64,
         ef_bits: int = 4,
         packed_window: bool = False,
+        rounding: str = "auto",
+        seed: int = 0,
         backend: str = "auto",
         sparse_allgather: bool = False,
         shard_state: ShardState = False,
@@ -380,6 +386,8 @@ class MicroAdam(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        for group in self.param_groups:
+            group.update({**LATER_SETTINGS, **group})
         self.sharded.bind(self)
 
 

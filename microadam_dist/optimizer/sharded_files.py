@@ -58,8 +58,7 @@ def load_sharded(optimizer: MicroAdam, folder: str | Path) -> None:
         states = dict(zip(layouts, saved.states(list(layouts.values())), strict=True))
     optimizer.sharded.load_shards(states)
     if len(saved.param_groups) == len(optimizer.param_groups):  # otherwise their settings are the user's
-        for group, settings in zip(optimizer.param_groups, saved.param_groups, strict=True):
-            group.update({**settings, "betas": tuple(settings["betas"])})
+        optimizer.sharded.load_group_settings(saved.param_groups)
 
 
 def _layouts(optimizer: MicroAdam) -> dict[Tensor, StateLayout]:

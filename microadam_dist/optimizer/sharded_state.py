@@ -25,7 +25,7 @@ from ..checkpoint.match import (
     read_step,
     state_dict_parts,
 )
-from ..config import MicroAdamConfig, structural_difference
+from ..config import LATER_SETTINGS, STRUCTURAL_SETTINGS, MicroAdamConfig, structural_difference
 from ..engines.base import Place, Shard, WeightExchange
 from ..engines.collectives import process_rank
 from ..engines.find import find_shard
@@ -159,7 +159,7 @@ class ShardedState:
 
         Raises:
             ConfigError: A structural setting has changed.
-            ConfigError: The parameter has been converted to a dtype that is not supported.
+            ConfigError: The parameter has a dtype that is not supported, or not with these settings.
             UnsupportedLayoutError: A shape has changed, or a gradient cannot be used.
         """
         checked = None
@@ -176,6 +176,11 @@ class ShardedState:
             if param.dtype not in PARAM_DTYPES:
                 raise ConfigError(
                     f"parameter {shard.name!r} is {param.dtype} now, MicroAdam trains fp32, bf16, fp16: convert it."
+                )
+            if config.rounding == "stochastic" and param.dtype == torch.float16:
+                raise ConfigError(
+                    f"rounding='stochastic': parameter {shard.name!r} is fp16, and this rounding is defined for bf16 "
+                    "only, whose numbers are the upper halves of fp32 numbers. Use rounding='auto' or 'nearest'."
                 )
             if param.shape != shard.local_shape:
                 raise UnsupportedLayoutError(
@@ -319,9 +324,11 @@ class ShardedState:
                 self._state[p] = state
 
     def load_group_settings(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Take over what saved param groups say beside their parameters."""
+        """Take over what saved param groups say beside their parameters, and what older versions did."""
         for group, saved in zip(self._owner.param_groups, copy.deepcopy(groups), strict=True):
-            group.update({key: value for key, value in saved.items() if key != "params"})
+            # Structural ones are those that the state was checked with.
+            later = {name: value for name, value in LATER_SETTINGS.items() if name not in STRUCTURAL_SETTINGS}
+            group.update({key: value for key, value in {**later, **saved}.items() if key != "params"})
 
     def _is_elsewhere(self, p: Tensor, saved: Any) -> bool:
         """Whether what was saved is a note in the place of the state, or the part of another rank."""

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import microadam_dist
 from microadam_dist import MicroAdam, load_sharded, save_sharded
+from microadam_dist.config import LATER_SETTINGS
 from tests.deepspeed.engines import base_optimizer, full_weights, initialize, make_config
 from tests.distributed.models import GivenGradients, everything, shard
 
@@ -141,6 +142,11 @@ class Plain:
             load_sharded(self.optimizer, folder / "sharded")
         else:
             state = get_optimizer_state_dict(self.model, self.optimizer)
+            # DCP asks for all that this version has; older ones lack settings.
+            saved = dcp.FileSystemReader(folder / "dcp").read_metadata().state_dict_metadata
+            for index, group in enumerate(state["param_groups"]):
+                for name in [name for name in LATER_SETTINGS if f"param_groups.{index}.{name}" not in saved]:
+                    del group[name]
             dcp.load(state, checkpoint_id=folder / "dcp")
             set_optimizer_state_dict(self.model, self.optimizer, state)
 

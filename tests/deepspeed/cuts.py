@@ -13,12 +13,13 @@ from microadam_dist.layout import StateLayout
 from .engines import SETTINGS, make_gradients, make_model
 
 
-def plain_weights(dtype: torch.dtype, num_steps: int) -> dict[str, Tensor]:
-    """One process without an engine; in bf16 with an fp32 master copy, as DeepSpeed has it."""
-    model = make_model(dtype).float()
+def plain_weights(dtype: torch.dtype, num_steps: int, has_master: bool = True) -> dict[str, Tensor]:
+    """One process without an engine; in bf16 with an fp32 master copy, as DeepSpeed has it, or without."""
+    stepped = torch.float32 if has_master else dtype
+    model = make_model(dtype).to(stepped)
     optimizer = MicroAdam(model.parameters(), **SETTINGS)
     for grads in make_gradients(num_steps, dtype):
-        model({name: grad.float() for name, grad in grads.items()}).backward()
+        model({name: grad.to(stepped) for name, grad in grads.items()}).backward()
         optimizer.step()
         optimizer.zero_grad()
     return {name.removesuffix(".weight"): p.detach().to(dtype) for name, p in model.named_parameters()}

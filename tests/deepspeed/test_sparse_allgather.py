@@ -204,10 +204,12 @@ def test_every_step_is_that_of_the_dense_gather_in_a_fraction_of_the_bytes(
 
 # Settings that change every weight a lot, or where the weights and masters lie; compared with an engine without the
 # option.
+MASTER_FREE = {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
 VARIANTS: list[tuple[int, str, dict[str, Any]]] = [
     (2, "float32", {"zero_optimization": {"round_robin_gradients": True}}),
     (1, "bfloat16", {"gradient_accumulation_steps": 2, "gradient_clipping": 0.1}),
-    (2, "bfloat16", {"bf16": {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}}),
+    (2, "bfloat16", {"bf16": MASTER_FREE}),
+    (1, "bfloat16", {"bf16": MASTER_FREE, "zero_optimization": {"round_robin_gradients": True}}),
     (2, "bfloat16", {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}),
 ]
 

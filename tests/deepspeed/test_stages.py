@@ -38,6 +38,8 @@ def _train_stages(rank: int, world_size: int, configs: list[tuple[int, str, dict
     return results
 
 
+# Rounded stochastically, by positions that ranks and stages do not change.
+MASTER_FREE = {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
 CONFIGS: list[tuple[int, str, dict[str, Any]]] = [
     (0, "float32", {}),
     (1, "float32", {}),
@@ -50,6 +52,9 @@ CONFIGS: list[tuple[int, str, dict[str, Any]]] = [
     (1, "bfloat16", {"data_types": {"grad_accum_dtype": "fp32"}}),
     (2, "bfloat16", {}),
     (3, "bfloat16", {}),
+    (1, "bfloat16", {"bf16": MASTER_FREE}),
+    (2, "bfloat16", {"bf16": MASTER_FREE}),
+    (3, "bfloat16", {"bf16": MASTER_FREE, "zero_optimization": {"sub_group_size": 9000}}),
 ]
 
 
@@ -62,8 +67,9 @@ def trained(request: pytest.FixtureRequest) -> tuple[int, list[list[Any]]]:
 @pytest.mark.parametrize("index", range(len(CONFIGS)), ids=[f"zero{s}-{d}-{i}" for i, (s, d, _) in enumerate(CONFIGS)])
 def test_uncut_blocks_are_bit_identical_to_one_process(trained: tuple[int, list[list[Any]]], index: int) -> None:
     world_size, results = trained
-    stage, dtype_name, _ = CONFIGS[index]
-    expected = plain_weights(getattr(torch, dtype_name), NUM_STEPS)
+    stage, dtype_name, extra = CONFIGS[index]
+    has_master = extra.get("bf16") != MASTER_FREE
+    expected = plain_weights(getattr(torch, dtype_name), NUM_STEPS, has_master)
     for rank in range(world_size):
         weights, cuts, _ = results[rank][index]
         uncut = uncut_masks(weights, cuts)

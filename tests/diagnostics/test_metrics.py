@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -37,8 +38,10 @@ def expected_metrics(oracle: ScalarMicroAdam, param: Tensor, grad: Tensor, step:
     """Takes the step of the oracle, and computes the metrics in float64 from what it holds before and after."""
     numbers = grad.flatten().float().numpy()
     errors = [decoded(oracle, block) for block in oracle.blocks]
-    skipped = oracle.step(param.detach().flatten().numpy().copy(), numbers, step, 1.0)
-    sums = dict.fromkeys(["g", "kept", "a", "r", "qr", "e", "touched", "weights"], 0.0)
+    before = param.detach().flatten().float().numpy()
+    new = before.copy()
+    skipped = oracle.step(new, numbers, step, 1.0)
+    sums = dict.fromkeys(["g", "kept", "a", "r", "qr", "e", "touched", "weights", "changed"], 0.0)
     window = oracle.s.window_size
     for block, error in zip(oracle.blocks, errors, strict=True):
         g = [float(numbers[place]) for place in block.places]
@@ -57,6 +60,7 @@ def expected_metrics(oracle: ScalarMicroAdam, param: Tensor, grad: Tensor, step:
         slots = [block.slots[slot] for slot in range(window) if slot <= step]
         sums["touched"] += len({i for slot in slots for i, value in slot if value})
         sums["weights"] += len(a)
+        sums["changed"] += sum(before[place] != new[place] for place in block.places)
     q, omega = math.sqrt(sums["r"] / sums["a"]), math.sqrt(sums["qr"] / sums["r"])
     return {
         "q": q,
@@ -65,6 +69,7 @@ def expected_metrics(oracle: ScalarMicroAdam, param: Tensor, grad: Tensor, step:
         "error_to_gradient": math.sqrt(sums["e"] / sums["g"]),
         "gradient_kept": sums["kept"] / sums["g"],
         "touched": sums["touched"] / sums["weights"],
+        "changed": sums["changed"] / sums["weights"],
         "nonfinite_blocks": float(skipped),
     }
 
@@ -77,16 +82,21 @@ def expected_metrics(oracle: ScalarMicroAdam, param: Tensor, grad: Tensor, step:
         {"ef_bits": 0},
         {"ef_bits": 2, "window_size": 3},
         {"packed_window": True},
+        {"lr": 1e-5, "dtype": torch.bfloat16, "seed": 3},
+        {"lr": 1e-3, "dtype": torch.bfloat16, "rounding": "nearest", "weight_decay": 1.0},
     ],
     ids=str,
 )
+@pytest.mark.filterwarnings("ignore:rounding to nearest")
 def test_against_scalar_arithmetic(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """All of 30 blocks are sampled; one block is not finite in the fourth step."""
     monkeypatch.setattr("microadam_dist.layout.state.MIN_SAMPLED_BLOCKS", 30)
-    param = make_params([(10, 600)])[0]
+    dtype = settings.get("dtype", torch.float32)
+    param = make_params([(10, 600)], dtype)[0]
+    settings = {name: value for name, value in settings.items() if name != "dtype"}
     config = MicroAdamConfig(**{"block_size": 200, "window_size": 4, **settings})
-    oracle = ScalarMicroAdam([((10, 600), 0, 6000, 0)], config, "float32")
-    optimizer = microadam([param], metrics_every=1, **config.structural)
+    oracle = ScalarMicroAdam([((10, 600), 0, 6000, 0)], config, str(dtype).removeprefix("torch."))
+    optimizer = microadam([param], metrics_every=1, **vars(config))
     for step in range(8):
         param.grad = gradient(param, seed=step)
         param.grad[0] = 0.0  # zeros are kept, too, but move nothing
@@ -98,6 +108,28 @@ def test_against_scalar_arithmetic(settings: dict[str, Any], monkeypatch: pytest
         if step >= 3:
             expected["nonfinite_blocks"] = 1.0  # so far
         assert optimizer.metrics == pytest.approx(expected, rel=1e-5), step
+
+
+@pytest.mark.parametrize(
+    ("dtype", "settings", "warns"),
+    [
+        (torch.bfloat16, {"rounding": "nearest", "lr": 1e-5}, True),
+        (torch.float16, {"lr": 1e-6}, True),
+        (torch.bfloat16, {"rounding": "nearest", "lr": 1e-1}, False),
+        (torch.bfloat16, {"rounding": "nearest", "lr": 0.0}, False),
+        (torch.bfloat16, {"lr": 1e-5}, False),
+        (torch.float32, {"lr": 1e-12}, False),
+    ],
+    ids=str,
+)
+def test_lost_updates_are_warned_of_once(dtype: torch.dtype, settings: dict[str, Any], warns: bool) -> None:
+    optimizer = microadam(make_params(SHAPES, dtype), metrics_every=2, **{"window_size": 1, **settings})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(optimizer, range(5))
+    found = [str(w.message) for w in caught if "rounding to nearest leaves" in str(w.message)]
+    assert len(found) == warns
+    assert (optimizer.metrics["changed"] < optimizer.metrics["touched"] / 2) == (warns or settings["lr"] < 1e-4)
 
 
 # ---------------------------------------------------------------- the sample

@@ -49,10 +49,12 @@ def test_bit_identical_to_the_reference(case: Case, backend: CudaBackend) -> Non
     assert_same_bits(replace(case, padding=16), backend, "cuda")  # the spans begin where vectors can be read
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize(("dtype", "rounding"), [(BF16, "nearest"), (BF16, "stochastic"), (FP16, "auto")], ids=str)
 @pytest.mark.parametrize(("shape", "decay"), [((2**16,), 0.21), ((64, 2**10), 0.0), ((64, 2**10), 0.21)], ids=str)
-def test_every_16_bit_weight(shape: tuple[int, ...], dtype: torch.dtype, decay: float, backend: CudaBackend) -> None:
-    assert_same_every_16_bit_weight(backend, shape, dtype, decay, "cuda")
+def test_every_16_bit_weight(
+    shape: tuple[int, ...], dtype: torch.dtype, rounding: str, decay: float, backend: CudaBackend
+) -> None:
+    assert_same_every_16_bit_weight(backend, shape, dtype, decay, "cuda", rounding)
 
 
 def test_one_call_for_many_tensors(backend: CudaBackend) -> None:

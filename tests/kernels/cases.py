@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -116,6 +116,9 @@ def part(shape: tuple[int, ...], start: int, numel: int) -> tuple[tuple[tuple[in
     return ((shape, start, numel),)
 
 
+FLAT_SHARD = (((64, 300), 9000, 10200), ((300,), 7, 293), ((64, 80), 0, 5120), ((70,), 5, 0), ((64, 64), 0, 1000))
+
+
 def _table() -> list[Case]:
     window1 = {"window_size": 1, "density": 0.1}
     paper = {"block_size": 4096, "window_size": 10, "density": 0.01}
@@ -144,11 +147,8 @@ def _table() -> list[Case]:
         Case("fragments", part((64, 300), 333, 4001), settings={"weight_decay": 0.1}),
         Case("fragments-bf16", part((64, 1001), 517, 5555), BF16, BF16),
         Case("fragment-inside-a-block", part((64, 256), 259, 101), BF16, FP32),
-        Case(
-            "flat-shard",
-            (((64, 300), 9000, 10200), ((300,), 0, 300), ((64, 80), 0, 5120), ((70,), 5, 0), ((64, 64), 0, 1000)),
-            settings={"weight_decay": 0.1},
-        ),
+        Case("flat-shard", FLAT_SHARD, settings={"weight_decay": 0.1}),
+        Case("flat-shard-bf16", FLAT_SHARD, BF16, BF16, {"weight_decay": 0.1, "seed": 2**32 - 1}, num_steps=3),
         Case("all-kept", whole(20, 256), settings={"density": 1.0}),
         Case("half-kept", whole(20, 256), settings={"density": 0.5, "window_size": 3}),
         Case("most-kept", whole(20, 256), settings={"density": 0.7, "window_size": 6}, num_steps=8),
@@ -162,6 +162,8 @@ def _table() -> list[Case]:
         Case("betas-zero", whole(20, 256), settings={"betas": (0.0, 0.0)}),
         Case("lr-zero", whole(20, 256), settings={"lr": 0.0, "weight_decay": 0.1}),
     ]
+    decayed = {"weight_decay": 0.1, "seed": 7}
+    cases += [Case(f"{g.__name__}-bf16", whole(20, 256), BF16, gradient=g, settings=decayed) for g in GRADIENTS]
     packed = {"packed_window": True}
     cases += [Case(f"{g.__name__}-packed", whole(20, 256), gradient=g, num_steps=9, settings=packed) for g in GRADIENTS]
     cases += [
@@ -178,6 +180,13 @@ def _table() -> list[Case]:
             Case(f"ef{bits}-fragments", part((64, 301), 333, 4001), BF16, BF16, settings),
             Case(f"ef{bits}-nonfinite", whole(20, 256), settings=settings, gradient=nonfinite, num_steps=9),
         ]
+    # Where it is not said, bf16 weights are rounded stochastically.
+    to_nearest = ("bfloat16-bfloat16", "nonfinite-bf16", "tiny-bf16", "row-257", "dense-vector-nonfinite", "packed-ef8")
+    cases += [
+        replace(case, name=f"{case.name}-nearest", settings={**case.settings, "rounding": "nearest"})
+        for case in cases
+        if case.name in to_nearest
+    ]
     return cases
 
 

@@ -42,13 +42,18 @@ def assert_same_bits(case: Case, backend: Backend, device: str = "cpu") -> None:
 
 
 def assert_same_every_16_bit_weight(
-    backend: Backend, shape: tuple[int, ...], dtype: torch.dtype, decay: float, device: str = "cpu"
+    backend: Backend,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    decay: float,
+    device: str = "cpu",
+    rounding: str = "auto",
 ) -> None:
     """All 2**16 weights and gradients, NaN and subnormal ones among them.
 
     A kernel may leave weights alone that decay cannot change, which depends on 1 - lr * weight_decay.
     """
-    config = MicroAdamConfig(lr=2.0**-7, weight_decay=decay * 2.0**7, block_size=64)
+    config = MicroAdamConfig(lr=2.0**-7, weight_decay=decay * 2.0**7, block_size=64, rounding=rounding)
     layout = StateLayout((ShardSpan("all", shape, 0, 2**16),), config)
     weights = torch.arange(2**16, dtype=torch.int32).short().view(dtype)
     results = []
@@ -90,13 +95,17 @@ def assert_same_for_many_tensors(backend: Backend, device: str = "cpu") -> None:
 
 
 def assert_same_with_numbers_on_the_device(
-    backend: CapturableBackend, lr_dtype: torch.dtype | None, num_rows: int = 40, num_calls: int = 9
+    backend: CapturableBackend,
+    lr_dtype: torch.dtype | None,
+    num_rows: int = 40,
+    num_calls: int = 9,
+    param_dtype: torch.dtype = FP32,
 ) -> None:
     """Steps with everything read where the tensors lie, one of them skipped, against the same numbers from the host."""
-    settings = MicroAdamConfig(weight_decay=0.1, window_size=3, block_size=256)
+    settings = MicroAdamConfig(weight_decay=0.1, window_size=3, block_size=256, seed=5)
     spans = ShardSpan("a", (num_rows, 300), 0, num_rows * 300), ShardSpan("b", (50,), 0, 50)
     layouts = [StateLayout((span,), settings) for span in spans]
-    params = [torch.randn(span.numel, dtype=FP32) for span in spans]
+    params = [torch.randn(span.numel).to(param_dtype) for span in spans]
     twins = [param.clone() for param in params]
     states = [[allocate_state(layout, params[0].device) for layout in layouts] for _ in range(2)]
     counters = [torch.tensor(0), torch.tensor(7)]

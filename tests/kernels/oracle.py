@@ -6,6 +6,7 @@ window is a list of dictionaries, moments are summed one coordinate at a time.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -23,6 +24,36 @@ def to_bf16(x: np.float32) -> np.float32:
     bits = int(np.array(x, F32).view(np.uint32))
     bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
     return F32(np.array(bits, np.uint32).view(F32))
+
+
+def scramble(x: int) -> int:
+    """A hash of 32 bits."""
+    for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97), (15, 1)):
+        x = ((x ^ (x >> shift)) * factor) % 2**32
+    return x
+
+
+@functools.cache
+def noise_key(shape: tuple[int, ...], seed: int, step: int) -> int:
+    of_shape = len(shape)
+    for size in shape:
+        of_shape = scramble((of_shape + size) % 2**32)
+    return scramble(scramble((scramble(seed) + step) % 2**32) ^ of_shape)
+
+
+def noise_at(position: int, shape: tuple[int, ...], seed: int, step: int) -> int:
+    """16 bits for an element of a parameter."""
+    counter = (position * 3500977443 + noise_key(shape, seed, step)) % 2**32
+    return (counter ^ (counter // 2**11)) * 1918712237 % 2**32 // 2**16
+
+
+def to_bf16_by_chance(x: np.float32, noise: int) -> np.float32:
+    """One of the two bf16 numbers around x: the one farther from zero for as much of the noise as x is near to it."""
+    if np.isnan(x):
+        return x
+    bits = int(np.array(x, F32).view(np.uint32))
+    nearer, rest = bits - bits % 2**16, bits % 2**16
+    return F32(np.array(nearer + 2**16 * (rest + noise >= 2**16), np.uint32).view(F32))
 
 
 def to_dtype(x: np.float32, dtype: str) -> np.float32:
@@ -72,8 +103,11 @@ class ScalarMicroAdam:
     def __init__(self, spans: list[tuple[tuple[int, ...], int, int, int]], settings: Any, dtype: str) -> None:
         self.s, self.dtype = settings, dtype
         self.blocks: list[Block] = []
+        self.is_stochastic = settings.rounding in ("auto", "stochastic") and dtype == "bfloat16"
+        self.origin: dict[int, tuple[tuple[int, ...], int]] = {}  # place -> shape of the parameter, position in it
         self.dense: list[list[int]] = []
         for shape, start, numel, offset in spans:
+            self.origin |= {offset + i: (shape, start + i) for i in range(numel)}
             if len(shape) < 2 or math.prod(shape) < 4096 or math.prod(shape) // shape[0] < 64:
                 self.dense.append(list(range(offset, offset + numel)))
                 continue
@@ -148,8 +182,14 @@ class ScalarMicroAdam:
             if i in moments:
                 m, v = moments[i]
                 p = p - F32(s.lr) * ((c1 * m) / (F32(s.eps) + np.sqrt(c2 * v)))
-            param[place] = to_dtype(p, self.dtype)
+            param[place] = self._round(p, place, step)
         return 0
+
+    def _round(self, p: np.float32, place: int, step: int) -> np.float32:
+        if not self.is_stochastic:
+            return to_dtype(p, self.dtype)
+        shape, position = self.origin[place]
+        return to_bf16_by_chance(p, noise_at(position, shape, self.s.seed, step))
 
     @staticmethod
     def _pack(block: Block, slot: int) -> None:
@@ -174,5 +214,5 @@ class ScalarMicroAdam:
             self.v[place] = v = self.v[place] * F32(s.betas[1]) + (g * g) * F32(1 - s.betas[1])
             m_hat, v_hat = m * F32(1 / (1 - s.betas[0] ** t)), v * F32(1 / (1 - s.betas[1] ** t))
             p = F32(param[place]) * F32(1 - s.lr * s.weight_decay)
-            param[place] = to_dtype(p - F32(s.lr) * (m_hat / (F32(s.eps) + np.sqrt(v_hat))), self.dtype)
+            param[place] = self._round(p - F32(s.lr) * (m_hat / (F32(s.eps) + np.sqrt(v_hat))), place, step)
         return skipped

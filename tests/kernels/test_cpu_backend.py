@@ -71,6 +71,8 @@ def cases(draw: st.DrawFn) -> Case:
             "block_size": draw(st.sampled_from([64, 200, 1000, 4096])),
             "bucket_size": draw(st.sampled_from([6, 16, 64, 96, 128, 4096])),
             "weight_decay": draw(st.sampled_from([0.0, 0.01, 3.0])),
+            "rounding": draw(st.sampled_from(["auto", "nearest"])),
+            "seed": draw(st.sampled_from([0, 1, 2**32 - 1])),
             "betas": (draw(st.sampled_from([0.0, 0.9])), draw(st.sampled_from([0.9, 0.999]))),
         },
         draw(st.sampled_from(GRADIENTS)),
@@ -87,7 +89,7 @@ def test_bit_identical_to_the_reference_with_any_settings(case: Case) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize(("dtype", "rounding"), [(BF16, "nearest"), (BF16, "stochastic"), (FP16, "auto")], ids=str)
 @pytest.mark.parametrize(
     ("shape", "decay"),
     [
@@ -96,9 +98,9 @@ def test_bit_identical_to_the_reference_with_any_settings(case: Case) -> None:
     ],
     ids=str,
 )
-def test_every_16_bit_weight(shape: tuple[int, ...], dtype: torch.dtype, decay: float, isa: str) -> None:
+def test_every_16_bit_weight(shape: tuple[int, ...], dtype: torch.dtype, rounding: str, decay: float, isa: str) -> None:
     """Decay that changes many, few and no weights."""
-    assert_same_every_16_bit_weight(CpuBackend(isa), shape, dtype, decay)
+    assert_same_every_16_bit_weight(CpuBackend(isa), shape, dtype, decay, rounding=rounding)
 
 
 @pytest.mark.parametrize("isa", ISAS)

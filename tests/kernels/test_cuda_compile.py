@@ -58,6 +58,7 @@ COMPILED = [
     *(("sm_90", macros(shape)) for shape in SHAPES if shape != DEFAULT),
     *(("sm_90", macros(DEFAULT, NO_WINDOW, dtypes)) for dtypes in ((FP32, FP32), (FP16, BF16), (BF16, BF16))),
     ("sm_90", {**macros(DEFAULT), "REPLAY": 1}),
+    *(("sm_90", {**macros(DEFAULT, setting), "STOCHASTIC": 0}) for setting in (PAPER, NO_WINDOW)),
     *(("sm_90", macros(DEFAULT, setting, packed_window=True)) for setting in (PAPER, MORE_KEPT)),
     ("sm_90", macros(DEFAULT, (20, 1.0))),
     ("sm_90", macros(DEFAULT, bucket_size=96)),  # buckets that fit no warp take the long way
@@ -87,7 +88,7 @@ def test_fits_the_registers(arch: str, macros: dict[str, str | int]) -> None:
     assert used.keys() == {"microadam_step", "microadam_scalars"}
     registers, spilled = used["microadam_step"]
     # Rare kernels spill: of blocks above 16384, of buckets that fit no warp, and of fp32, a little.
-    allowed = {"CHUNKS": 1024, "BUCKET_SIZE": 256, "PARAM": 32}
+    allowed = {"CHUNKS": 1024, "BUCKET_SIZE": 320, "PARAM": 32}
     usual = {"CHUNKS": (1, 2, 4), "BUCKET_SIZE": (64,), "PARAM": ("Bf16", "Fp16")}
     assert spilled <= sum(allowed[name] for name, values in usual.items() if macros[name] not in values)
     assert registers * int(macros["THREADS"]) * int(macros["MIN_BLOCKS"]) <= 65536

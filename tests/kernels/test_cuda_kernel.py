@@ -12,7 +12,7 @@ from microadam_dist.arithmetic.scalars import StepScalars
 from microadam_dist.backends.cuda_launch import SHAPES, step_factors
 from microadam_dist.config import MAX_BLOCK_SIZE, MicroAdamConfig
 
-from .cases import BF16, FP16, KERNEL_CASES, Case, is_replayed, replay_case
+from .cases import BF16, FP16, FP32, KERNEL_CASES, Case, is_replayed, replay_case
 from .checks import (
     assert_same_bits,
     assert_same_every_16_bit_weight,
@@ -54,10 +54,10 @@ def test_with_little_space(name: str) -> None:
         replay_case(case, HarnessBackend(cramped=True))
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize(("dtype", "rounding"), [(BF16, "nearest"), (BF16, "stochastic"), (FP16, "auto")], ids=str)
 @pytest.mark.parametrize(("shape", "decay"), [((2**16,), 0.21), ((64, 2**10), 0.0), ((64, 2**10), 0.21)], ids=str)
-def test_every_16_bit_weight(shape: tuple[int, ...], dtype: torch.dtype, decay: float) -> None:
-    assert_same_every_16_bit_weight(HarnessBackend(), shape, dtype, decay)
+def test_every_16_bit_weight(shape: tuple[int, ...], dtype: torch.dtype, rounding: str, decay: float) -> None:
+    assert_same_every_16_bit_weight(HarnessBackend(), shape, dtype, decay, rounding=rounding)
 
 
 def test_one_call_for_many_tensors() -> None:
@@ -73,8 +73,9 @@ def test_every_block_size_has_a_shape() -> None:
 
 
 @pytest.mark.parametrize("lr_dtype", [None, torch.float32, torch.float64], ids=str)
-def test_scalars_computed_on_the_device(lr_dtype: torch.dtype | None) -> None:
-    assert_same_with_numbers_on_the_device(HarnessBackend(), lr_dtype)
+@pytest.mark.parametrize("param_dtype", [FP32, BF16], ids=str)
+def test_scalars_computed_on_the_device(lr_dtype: torch.dtype | None, param_dtype: torch.dtype) -> None:
+    assert_same_with_numbers_on_the_device(HarnessBackend(), lr_dtype, param_dtype=param_dtype)
 
 
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.95), (0.0, 0.0)])
@@ -131,6 +132,9 @@ MISTAKES = {
         "bytes[1] |= static_cast<uint8>((index & 15u) << 4);",
         "bytes[1] |= static_cast<uint8>((index & 7u) << 4);",
     ),
+    "the noise of all blocks is the same": ("block.cuh", "place.origin + element", "place.origin"),
+    "two elements have the same noise": ("rounding.cuh", "counter + 2 * i * kPositionFactor", "counter"),
+    "noise is not cut off": ("rounding.cuh", "* kNoiseFactor >> 16", "* kNoiseFactor >> 15"),
     "packed: the rounding error is lost": ("window.cuh", "a[j] - stored_value(as_float(value), scale)", "0.f"),
     "packed: the scale is that of a warp": (
         "topk.cuh",

@@ -106,6 +106,10 @@ CASES = [
     Case("bucket of 6", part((64, 256), 100, 512), settings={"bucket_size": 6}, num_steps=3),
     Case("dense", whole(300), BF16, BF16, {"weight_decay": 0.1}, gradient=nonfinite),
 ]
+CASES += [
+    replace(case, name=f"{case.name}, to nearest", settings={**case.settings, "rounding": "nearest"})
+    for case in (ALIGNED, ODD, CASES[-1])
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -124,7 +128,8 @@ def test_weights_follow_from_the_window(packed: bool) -> None:
 
 
 def test_scalars_computed_on_the_device() -> None:
-    assert_same_with_numbers_on_the_device(PtxBackend(), torch.float32, num_rows=14, num_calls=3)
+    backend = PtxBackend()
+    assert_same_with_numbers_on_the_device(backend, torch.float32, num_rows=14, num_calls=3, param_dtype=BF16)
 
 
 class FarBackend(PtxBackend):

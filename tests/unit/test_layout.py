@@ -363,7 +363,7 @@ def test_views_touch_every_state_element_once_and_no_padding(
     for run in layout.runs:
         middle = data.draw(st.integers(0, run.rows))  # a run may be worked off in pieces
         for rows in (range(middle), range(middle, run.rows)):
-            weights, gradient, error, window = block_views(layout, run, param, grad, state, rows)
+            weights, gradient, error, window, _ = block_views(layout, run, param, grad, state, rows)
             for view in (weights, gradient, *(error or ()), *(window or ())):
                 if view is not None:
                     view += 1

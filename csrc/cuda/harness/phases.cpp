@@ -11,7 +11,7 @@ template <int threads, int chunks, int bucket_size>
 struct Settings {
   using Param = Fp32;
   using Grad = Fp32;
-  static constexpr bool kReplays = false, kPackedWindow = false;
+  static constexpr bool kReplays = false, kPackedWindow = false, kStochastic = false;
   static constexpr int kThreads = threads, kChunks = chunks, kBucketSize = bucket_size;
   static constexpr int kWindowSize = 1, kMaxKept = threads * chunks * kVector;
 };
