@@ -208,15 +208,6 @@ def _require_all_experts(
             )
 
 
-def _require_all_ranks(files: Sequence[Path], states: Mapping[str, Any]) -> None:
-    world_size = states["dp_world_size"]
-    if files and len(files) != world_size:
-        raise CheckpointMismatchError(
-            f"{files[0].parent} was written by {world_size} ranks and has {len(files)} files like {files[0].name}; "
-            "copy the missing ones."
-        )
-
-
 @dataclass(frozen=True)
 class CheckpointFiles:
     """The files of one tag.
