@@ -161,6 +161,7 @@ _ADAM_IMPLEMENTATIONS = frozenset("torch_adam fused foreach set_grad_none fp32_o
 
 # The settings that decide shapes of state tensors; they cannot change once state exists.
 STRUCTURAL_SETTINGS = ("window_size", "density", "block_size", "bucket_size", "ef_bits", "packed_window")
+CHANGEABLE_SETTINGS = tuple(name for name in SETTING_NAMES if name not in STRUCTURAL_SETTINGS)
 
 
 # Settings that state dicts of older versions lack, and what they mean there.

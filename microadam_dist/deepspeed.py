@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint.deepspeed import DeepSpeedCheckpoint, RankFiles, in_file, read_checkpoint
-from .checkpoint.match import match_module
+from .checkpoint.deepspeed import DeepSpeedCheckpoint, RankFiles, read_checkpoint
+from .checkpoint.deepspeed_files import in_file
+from .checkpoint.match import match_module, match_settings
 from .checkpoint.training import Read, SavedTraining
 from .engines.collectives import process_rank, raise_together
 from .engines.deepspeed import (
@@ -119,12 +120,13 @@ def load_training(engine: Any, read: Read) -> SavedTraining:
             saved = read(process_rank())
             held = _held_here(engine, saved.weights.shapes)
             match_module(*_module_tensors(engine), held, saved.origin, frozen_parameters(engine))
-            layouts = optimizer.sharded.layouts()
-            states = dict(zip(layouts, saved.states(list(layouts.values())), strict=True))
+            states = optimizer.sharded.fitting_shards(saved.states)
+            if loads_settings := len(saved.param_groups) == len(optimizer.param_groups):  # else they are the user's
+                match_settings(saved.param_groups, optimizer.param_groups)
         optimizer.sharded.load_shards(states)
-        for p, layout in layouts.items():
+        for p, layout in optimizer.sharded.layouts().items():
             saved.weights.weights(layout, p.detach().view(-1))
-        if len(saved.param_groups) == len(optimizer.param_groups):  # otherwise their settings are the user's
+        if loads_settings:
             optimizer.sharded.load_group_settings([_settings(group) for group in saved.param_groups])
     trained = {named.fqn for group in optimizer.names.sharded or () for named in group}
     load_untrained(engine, ((name, saved.weights.whole(name)) for name in held if name not in trained))
@@ -165,8 +167,34 @@ def _check_native_load(engine: Any, load: NativeLoad) -> None:
             match_module(*_module_tensors(engine), _held_here(engine, files.shapes), files.path.parent)
         if load.optimizer:
             _require_same_cut(engine, files)
+        if load.module:
+            _require_same_placeholders(engine, files)
+        if load.optimizer:
             with in_file(files.path):
                 optimizer.sharded.check(files.optimizer)
+
+
+def _require_same_placeholders(engine: Any, files: RankFiles) -> None:
+    """What torch loads must have exactly the module's keys; under ZeRO-3 parameters are empty there."""
+    if files.module is None:
+        return  # experts are in files of their own
+    here = engine.module.state_dict(keep_vars=True)
+    expected = {name: (_kind(x, [0]) if hasattr(x, "ds_id") else _kind(x)) for name, x in here.items()}
+    saved = {name: _kind(x) for name, x in files.module.items()}
+    if differing := [name for name in expected.keys() | saved.keys() if expected.get(name) != saved.get(name)]:
+        name = min(differing)
+        raise CheckpointMismatchError(
+            f"{name!r} is {saved.get(name, 'not there')} in the module of {files.path.parent}, and "
+            f"{expected.get(name, 'not there')} here. It is damaged, belongs to another model or was wrapped in "
+            "another way: load it with microadam_dist.deepspeed.load_checkpoint, or load an earlier one."
+        )
+
+
+def _kind(entry: Any, shape: list[int] | None = None) -> str:
+    """What DeepSpeed does not convert, or converts to something else."""
+    if not isinstance(entry, Tensor):
+        return type(entry).__name__
+    return f"{'floating' if entry.is_floating_point() else 'of integers'} {shape or list(entry.shape)}"
 
 
 def _require_same_cut(engine: Any, files: RankFiles) -> None:

@@ -12,10 +12,13 @@ by position, and there must be as many, of the same shapes.
 
 from __future__ import annotations
 
+import contextlib
 import io
+import itertools
 import json
+import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,11 +27,12 @@ import torch
 from torch import Tensor
 
 from ..arithmetic.state import state_specs
-from ..config import MicroAdamConfig
+from ..config import CHANGEABLE_SETTINGS
 from ..errors import CheckpointMismatchError
 from ..layout import ShardSpan, StateLayout, are_positions, plain_fqn
-from .format import FORMAT, LAYOUT_KEY
+from .format import FORMAT, LAYOUT_KEY, read_settings
 from .integrity import require_intact
+from .match import require_settings
 from .reshard import Resharder, SourceShard
 
 
@@ -84,15 +88,9 @@ class SavedState:
 
     def __init__(self, folder: str | Path) -> None:
         self._folder = folder
-        try:
+        with _in_folder(folder):
             self._keys = list(read_metadata(folder).state_dict_metadata)
             self._read_header(json.loads(load_entries(folder, {LAYOUT_KEY: ""})[LAYOUT_KEY]))
-        except CheckpointMismatchError:
-            raise
-        except Exception as error:
-            raise CheckpointMismatchError(
-                f"{folder} is no folder that save_sharded has written, or it is damaged: {error!r}"
-            ) from error
 
     def _read_header(self, header: Mapping[str, Any]) -> None:
         if header["format"] != FORMAT:
@@ -100,11 +98,12 @@ class SavedState:
                 f"{self._folder} has format {header['format']!r}, this version reads {FORMAT}. Load it with the "
                 "version of microadam_dist that wrote it."
             )
+        require_settings(header["param_groups"], CHANGEABLE_SETTINGS)
         self.param_groups: list[dict[str, Any]] = [
             {**group, "betas": tuple(group["betas"])} for group in header["param_groups"]
         ]
         self._parameters = {
-            plain_fqn(name): (tuple(saved["shape"]), MicroAdamConfig.from_dict(saved["settings"]))
+            plain_fqn(name): (tuple(saved["shape"]), read_settings(saved["settings"]))
             for name, saved in header["parameters"].items()
         }
         self._stored_names = {plain_fqn(name): name for name in header["parameters"]}  # 0.1.0 kept DDP's "module."
@@ -124,23 +123,19 @@ class SavedState:
         Raises:
             CheckpointMismatchError: A parameter is not there, or its shape or settings differ.
         """
-        layouts = self._renamed(layouts)
-        needed = [[source for span in layout.spans for source in self._overlapping(span)] for layout in layouts]
-        wanted: dict[str, Any] = {}
-        for source in {source for sources in needed for source in sources if self._is_stepped(source)}:
-            wanted[self._key(source.spans[0], "step")] = torch.zeros((), dtype=torch.int64)
-            for name, (dtype, numel) in state_specs(source).items():
-                wanted[self._key(source.spans[0], name)] = torch.empty(numel, dtype=dtype)
-        try:
+        with _in_folder(self._folder):
+            layouts = self._renamed(layouts)
+            needed = [[source for span in layout.spans for source in self._overlapping(span)] for layout in layouts]
+            wanted: dict[str, Any] = {}
+            for source in {source for sources in needed for source in sources if self._is_stepped(source)}:
+                wanted[self._key(source.spans[0], "step")] = torch.zeros((), dtype=torch.int64)
+                for name, (dtype, numel) in state_specs(source).items():
+                    wanted[self._key(source.spans[0], name)] = torch.empty(numel, dtype=dtype)
             load_entries(self._folder, wanted)
-        except CheckpointMismatchError:
-            raise
-        except Exception as error:
-            raise CheckpointMismatchError(f"{self._folder} is damaged: {error}") from error
-        return [
-            Resharder(self._shards(sources, wanted)).state(layout)
-            for layout, sources in zip(layouts, needed, strict=True)
-        ]
+            return [
+                Resharder(self._shards(sources, wanted)).state(layout)
+                for layout, sources in zip(layouts, needed, strict=True)
+            ]
 
     def _renamed(self, layouts: Sequence[StateLayout]) -> Sequence[StateLayout]:
         """The same layouts with the names that the parameters have in the file."""
@@ -197,28 +192,98 @@ class SavedState:
 
 
 def read_metadata(folder: str | Path) -> Any:
-    """What a folder of `torch.distributed.checkpoint` says about its entries."""
+    """What a folder of `torch.distributed.checkpoint` says about its entries.
+
+    Raises:
+        CheckpointMismatchError: It is no such folder, or damaged.
+    """
     from torch.distributed.checkpoint.filesystem import FileSystemReader
 
-    return FileSystemReader(folder).read_metadata()
+    with _in_folder(folder):
+        return FileSystemReader(folder).read_metadata()
 
 
 def load_entries(folder: str | Path, wanted: dict[str, Any]) -> dict[str, Any]:
     """Fill tensors, and replace other values, from such a folder; every rank reads what it needs.
 
     Raises:
-        CheckpointMismatchError: What is stored under a key differs from its checksums.
+        CheckpointMismatchError: An entry is missing, of another size, or not as it was written.
     """
+    require_intact_entries(folder, wanted)
+    return load_intact_entries(folder, wanted)
+
+
+def load_intact_entries(folder: str | Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    """`load_entries` of what `require_intact_entries` has accepted."""
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    for index, place in read_metadata(folder).storage_data.items():
-        if index.fqn in wanted:
+    with _in_folder(folder):
+        load(wanted, checkpoint_id=folder, no_dist=True)
+    return wanted
+
+
+def require_intact_entries(folder: str | Path, names: Collection[str], share: tuple[int, int] = (0, 1)) -> None:
+    """Compare entries with their checksums.
+
+    Args:
+        folder: Of `torch.distributed.checkpoint`.
+        names: Of the entries.
+        share: (rank, number of ranks) of those that compare, each some of them.
+
+    Raises:
+        CheckpointMismatchError: One is not as it was written.
+    """
+    metadata = read_metadata(folder)
+    with _in_folder(folder):
+        _require_disjoint(metadata, names)
+        places = [(index.fqn, place) for index, place in metadata.storage_data.items() if index.fqn in names]
+        for name, place in places[share[0] :: share[1]]:
             path = Path(folder, place.relative_path)
             with path.open("rb") as file:
                 file.seek(place.offset)
-                require_intact(io.BytesIO(file.read(place.length)), f"{index.fqn!r} in {path}")
-    load(wanted, checkpoint_id=folder, no_dist=True)
-    return wanted
+                require_intact(io.BytesIO(file.read(place.length)), f"{name!r} in {path}")
+
+
+def _require_disjoint(metadata: Any, names: Collection[str]) -> None:
+    """What says where entries lie has no checksum: it is right if they fill each tensor, and no two share a place.
+
+    Raises:
+        ValueError: Two do, or a tensor is not filled.
+    """
+    files: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for place in metadata.storage_data.values():
+        files[place.relative_path].append((place.offset, place.offset + place.length))
+    for name, places in files.items():
+        if any(end > start for (_, end), (start, _) in itertools.pairwise(sorted(places))):
+            raise ValueError(f"entries overlap in {name}")
+    for name in names:
+        entry = metadata.state_dict_metadata[name]
+        chunks = sorted((tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in getattr(entry, "chunks", ()))
+        for (offsets, sizes), (next_offsets, _) in itertools.pairwise(chunks):
+            if all(a <= b < a + n for a, b, n in zip(offsets, next_offsets, sizes, strict=True)):
+                raise ValueError(f"parts of {name} overlap")
+        for offsets, sizes in chunks:
+            if any(a < 0 or n < 0 or a + n > m for a, n, m in zip(offsets, sizes, entry.size, strict=True)):
+                raise ValueError(f"a part of {name} is outside of it")
+        if chunks and sum(math.prod(sizes) for _, sizes in chunks) != math.prod(entry.size):
+            raise ValueError(f"parts of {name} are missing")
+
+
+@contextlib.contextmanager
+def _in_folder(folder: str | Path) -> Iterator[None]:
+    """Whatever goes wrong while a folder is read is a CheckpointMismatchError."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except CheckpointMismatchError:
+        raise
+    except (Exception, CheckpointException) as error:  # the latter is a BaseException, and contains tracebacks
+        reason = str(error).strip().rpartition("\n")[2]
+        raise CheckpointMismatchError(
+            f"{folder} is damaged, or other software has written it: {type(error).__name__}: {reason}. Copy it again, "
+            "or load an earlier one."
+        ) from error
 
 
 def _key(fqn: str, span: ShardSpan, name: str) -> str:

@@ -12,10 +12,8 @@ What DeepSpeed 0.19.8 writes. The files are memory-mapped: only what is copied i
 
 from __future__ import annotations
 
-import contextlib
 import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,16 +25,13 @@ from ..arithmetic.state import flatten_state
 from ..config import MicroAdamConfig
 from ..errors import CheckpointMismatchError
 from ..layout import ShardSpan, StateLayout, plain_fqn
+from .deepspeed_content import require_model_states, require_optimizer_states
+from .deepspeed_files import EXPERT_FILE, EXPERT_OPTIM_FILE, CheckpointFiles, files_by_rank, in_file, load_file
 from .format import LAYOUT_KEY, read_layouts
 from .integrity import require_intact
+from .match import match_description, match_names, match_shapes
 from .reshard import Resharder, SourceShard
 from .training import SavedTraining
-
-_OPTIM_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
-_MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
-_EXPERT_FILE = re.compile(r"(?:layer_\d+_expert|expp_rank)_(\d+)_mp_rank_(\d+)_(?:model|optim)_states\.pt")
-_EXPERT_OPTIM_FILE = re.compile(r"expp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
-_TENSOR_PARALLEL_FILE = re.compile(r".*mp_rank_0*[1-9]\d*_(?:model|optim)_states\.pt")
 
 
 @dataclass(frozen=True)
@@ -104,7 +99,8 @@ class DeepSpeedCheckpoint:
 
     def training(self) -> SavedTraining:
         """All of it, to be loaded into any engine."""
-        first, resharder = self.model_states[0], Resharder(self.sources())
+        with in_file(self.folder):
+            first, resharder = self.model_states[0], Resharder(self.sources())
         engine = f"ZeRO-{self.stage} on {first['dp_world_size']} ranks"
         scheduler = first.get("lr_scheduler")
         return SavedTraining(self.folder, engine, resharder, resharder.states, self.param_groups, scheduler)
@@ -130,38 +126,40 @@ def read_checkpoint(folder: str | Path, tag: str | None = None, share: tuple[int
         CheckpointMismatchError: Names the file that is missing, damaged or not ours.
     """
     files = CheckpointFiles.find(folder, tag)
-    expert_files = [path for path in sorted(files.folder.glob("*.pt")) if _EXPERT_FILE.fullmatch(path.name)]
+    expert_files = [path for path in sorted(files.folder.glob("*.pt")) if EXPERT_FILE.fullmatch(path.name)]
     for path in [*files.model, *files.optim, *expert_files][share[0] :: share[1]]:
         require_intact(path, str(path))
-    model_states = [_load(path) for path in files.model]
-    optim_states = [_load(path) for path in files.optim]
+    model_states = [load_file(path) for path in files.model]
+    optim_states = [load_file(path) for path in files.optim]
     files.require_all_ranks(model_states[0])
+    _require_contents(files, zip(files.model, model_states, strict=True), zip(files.optim, optim_states, strict=True))
     with in_file(files.folder):
         model_states[0], experts = _with_experts(files.folder, model_states[0])
         if optim_states:
             shards = [_zero_shards(*pair) for pair in zip(files.optim, optim_states, strict=True)]
         else:
-            optimizers = {path: _load(path) for path in _files_by_rank(files.folder, _EXPERT_OPTIM_FILE)}
+            optimizers = {path: load_file(path) for path in files_by_rank(files.folder, EXPERT_OPTIM_FILE)}
             shards = [
                 _stage0_shards(path, {**model_states[0], **states})
                 for path, states in (optimizers or {files.model[0]: {}}).items()
             ]
             _require_all_experts(files.folder, experts, shards)
+        _require_same_shapes(_shapes(model_states[0], files.stage), shards)
     return DeepSpeedCheckpoint(files.folder, model_states, optim_states, shards, experts)
 
 
-def _require_data_parallel(folder: Path) -> None:
-    """The files of modules that are cut in other ways hold parts of them only."""
-    parallelism = ""
-    if any(folder.glob("layer_*-model_states.pt")):
-        parallelism = "pipeline parallelism (PipelineModule)"
-    elif any(_TENSOR_PARALLEL_FILE.fullmatch(path.name) for path in folder.glob("*.pt")):
-        parallelism = "tensor parallelism"
-    if parallelism:
-        raise CheckpointMismatchError(
-            f"{folder} was written with {parallelism}, and can only be loaded as it was saved: with "
-            "engine.load_checkpoint on the same number of ranks, cut in the same way."
-        )
+def _require_contents(
+    files: CheckpointFiles,
+    model: Iterable[tuple[Path, Mapping[str, Any]]],
+    optim: Iterable[tuple[Path, Mapping[str, Any]]],
+) -> None:
+    """What is in some of the files must be all that is read from them."""
+    for path, states in model:
+        with in_file(path):
+            require_model_states(states, files.stage, len(files.model))
+    for path, states in optim:
+        with in_file(path):
+            require_optimizer_states(states, files.stage)
 
 
 def _with_experts(folder: Path, states: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[tuple[str, ...]]]:
@@ -186,12 +184,23 @@ def _with_experts(folder: Path, states: Mapping[str, Any]) -> tuple[Mapping[str,
         files = [folder / f"layer_{layer}_expert_{e}_mp_rank_00_model_states.pt" for e in range(num_experts)]
         if missing := [path for path in files if not path.is_file()]:
             raise CheckpointMismatchError(f"{missing[0]}, the weights of an expert, is missing; copy it there.")
-        experts = [_load(path) for path in files]
+        experts = [load_file(path) for path in files]
         for expert in experts:
             module |= expert
         names += zip(*(map(plain_fqn, expert) for expert in experts), strict=True)
     rest = {key: value for key, value in states.items() if key not in moe_keys}
     return {**rest, "module": module}, names
+
+
+def _require_same_shapes(shapes: Mapping[str, tuple[int, ...]], shards: Sequence[Sequence[SourceShard]]) -> None:
+    """The module's files and the optimizer's must be of the same model."""
+    for span in (span for rank in shards for shard in rank for span in shard.layout.spans):
+        if shapes.get(span.fqn) != span.global_shape:
+            raise CheckpointMismatchError(
+                f"parameter {span.fqn!r} has shape {span.global_shape} in the optimizer's state, "
+                f"{shapes.get(span.fqn, 'not there')} in the module: damaged, or files of several checkpoints are "
+                "mixed. Copy the checkpoint again, or load an earlier one."
+            )
 
 
 def _require_all_experts(
@@ -209,53 +218,6 @@ def _require_all_experts(
 
 
 @dataclass(frozen=True)
-class CheckpointFiles:
-    """The files of one tag.
-
-    Attributes:
-        folder: The tag's folder.
-        model: Model files, by rank; one for stages 0 to 2.
-        optim: Optimizer files, by rank; none for stage 0.
-    """
-
-    folder: Path
-    model: list[Path]
-    optim: list[Path]
-
-    @classmethod
-    def find(cls, folder: str | Path, tag: str | None) -> CheckpointFiles:
-        """Find them; raises a CheckpointMismatchError if one is missing."""
-        root = Path(folder)
-        if tag is None:
-            latest = root / "latest"
-            if not latest.is_file():
-                raise CheckpointMismatchError(f"{latest} is missing: {root} is no DeepSpeed checkpoint, or give a tag.")
-            tag = latest.read_text().strip()
-        _require_data_parallel(root / tag)
-        files = cls(root / tag, *(_files_by_rank(root / tag, pattern) for pattern in (_MODEL_FILE, _OPTIM_FILE)))
-        if not files.model:
-            raise CheckpointMismatchError(f"{files.folder} holds no *_model_states.pt: it is no DeepSpeed checkpoint.")
-        return files
-
-    @property
-    def stage(self) -> int:
-        """The ZeRO stage that wrote them; 2 stands for 1, too."""
-        if not self.optim:
-            return 0
-        return 3 if _MODEL_FILE.fullmatch(self.model[0].name)[1] else 2  # type: ignore[index]  # it was found by it
-
-    def require_all_ranks(self, model_states: Mapping[str, Any]) -> None:
-        """Raise a CheckpointMismatchError if the last ranks' files are missing."""
-        world_size = model_states.get("dp_world_size")
-        for files in (self.optim, self.model if len(self.model) > 1 else []):
-            if files and len(files) != world_size:
-                raise CheckpointMismatchError(
-                    f"{self.folder} was written by {world_size} ranks and has {len(files)} files like "
-                    f"{files[0].name}; copy the missing ones."
-                )
-
-
-@dataclass(frozen=True)
 class RankFiles:
     """What `engine.load_checkpoint` reads on one rank.
 
@@ -265,6 +227,8 @@ class RankFiles:
         world_size: Number of data-parallel ranks that wrote it.
         shapes: Of the tensors that the module files have or stand for, by `plain_fqn`.
         optimizer: MicroAdam's state dict, or another optimizer's.
+        module: The module's tensors by the names that DeepSpeed loads them by, empty under ZeRO-3;
+            None if some are in the files of experts.
     """
 
     path: Path
@@ -272,6 +236,7 @@ class RankFiles:
     world_size: int
     shapes: dict[str, tuple[int, ...]]
     optimizer: Mapping[str, Any]
+    module: Mapping[str, Tensor] | None
 
     @classmethod
     def read(cls, folder: str | Path, tag: str | None, rank: int) -> RankFiles:
@@ -284,13 +249,22 @@ class RankFiles:
         own = [paths[rank if rank < len(paths) else 0] for paths in (files.model, files.optim) if paths]
         for path in own:
             require_intact(path, str(path))
-        states = [_load(path) for path in own]
+        states = [load_file(path) for path in own]
         files.require_all_ranks(states[0])
+        paired = list(zip(own, states, strict=True))
+        _require_contents(files, paired[:1], [])
         with in_file(files.folder):
             states[0], experts = _with_experts(files.folder, states[0])
             checkpoint = DeepSpeedCheckpoint(files.folder, states[:1], states[1:], [], experts)
             stage, shapes = checkpoint.stage, _shapes(states[0], checkpoint.stage)
-            return cls(own[-1], stage, states[0]["dp_world_size"], shapes, _base_state(states[-1]))
+            base = _base_state(states[-1])
+            if LAYOUT_KEY in base:  # else another optimizer's, of which the module may be loaded
+                _require_contents(files, [], paired[1:])
+                if read_layouts(base[LAYOUT_KEY]) and not experts:
+                    _ = _zero_shards(*paired[1]) if stage else _stage0_shards(*paired[0])
+            return cls(
+                own[-1], stage, states[0]["dp_world_size"], shapes, base, None if experts else states[0]["module"]
+            )
 
 
 def _shapes(model_states: Mapping[str, Any], stage: int) -> dict[str, tuple[int, ...]]:
@@ -301,41 +275,6 @@ def _shapes(model_states: Mapping[str, Any], stage: int) -> dict[str, tuple[int,
     cut = [*model_states["param_shapes"], model_states["frozen_param_shapes"] or {}]
     buffers = {name: shapes[name] for name in map(plain_fqn, model_states["buffer_names"])}
     return buffers | {plain_fqn(name): tuple(shape) for group in cut for name, shape in group.items()}
-
-
-@contextlib.contextmanager
-def in_file(path: Path) -> Iterator[None]:
-    """Errors about what was read say where; what is not where DeepSpeed puts it is a CheckpointMismatchError, too."""
-    try:
-        yield
-    except CheckpointMismatchError as error:
-        raise error if str(path) in str(error) else CheckpointMismatchError(f"{path}: {error}") from error
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointMismatchError(
-            f"{path} is no checkpoint of DeepSpeed and MicroAdam that this version can read: {error!r}."
-        ) from error
-
-
-def _files_by_rank(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
-    """The files of ranks 0, 1, ... in order."""
-    files = {}
-    for path in sorted(folder.glob("*.pt")):
-        if match := pattern.fullmatch(path.name):
-            files[int(match[1] or 0)] = path
-    for rank in range(max(files, default=0)):
-        if rank not in files:
-            example = next(iter(files.values())).name
-            raise CheckpointMismatchError(f"in {folder} the file like {example} of rank {rank} is missing.")
-    return [files[rank] for rank in sorted(files)]
-
-
-def _load(path: Path) -> Mapping[str, Any]:
-    try:
-        # DeepSpeed pickles its loss scaler and configuration, so its files cannot be read with weights_only.
-        states: Mapping[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
-    except Exception as error:
-        raise CheckpointMismatchError(f"{path} cannot be read, it is truncated or no checkpoint: {error}") from error
-    return states
 
 
 def _zero_shards(path: Path, states: Mapping[str, Any]) -> list[SourceShard]:
@@ -350,15 +289,23 @@ def _zero_shards(path: Path, states: Mapping[str, Any]) -> list[SourceShard]:
 
 
 def _stage0_shards(path: Path, states: Mapping[str, Any]) -> list[SourceShard]:
-    optimizer, base = states["optimizer"], _base_state(states)
+    optimizer, base = states.get("optimizer"), _base_state(states)
+    layouts = _layouts(path, base)
+    with in_file(path):
+        require_optimizer_states(states, 0)
     if isinstance(optimizer, Mapping) and "fp32_groups" in optimizer:  # bf16 or fp16, with master weights
-        weights = [tensor.flatten() for group in optimizer["fp32_groups"] for tensor in group]
-        return _shards(path, base, weights)
-    module = _module(states)
-    return [
-        SourceShard(layout, _flat_state(base, index), module[layout.spans[0].fqn].flatten(), str(path))
-        for index, layout in _layouts(path, base).items()
-    ]
+        weights = dict(enumerate(tensor for group in optimizer["fp32_groups"] for tensor in group))
+    else:
+        module = _module(states)
+        weights = {index: module[layout.spans[0].fqn] for index, layout in layouts.items()}
+    for index, layout in layouts.items():
+        (span,) = layout.spans
+        if weights[index].shape != span.global_shape:
+            raise CheckpointMismatchError(
+                f"the weights of {span.fqn} in {path} have shape {tuple(weights[index].shape)}, the state is of "
+                f"{span.global_shape}: damaged. Copy the checkpoint again, or load an earlier one."
+            )
+    return [_shard(path, base, index, layout, weights[index].flatten()) for index, layout in layouts.items()]
 
 
 def _module(states: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -368,13 +315,24 @@ def _module(states: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def _shards(path: Path, base: Mapping[str, Any], weights: Sequence[Tensor]) -> list[SourceShard]:
     return [
-        SourceShard(layout, _flat_state(base, index), weights[index].detach(), str(path))
-        for index, layout in _layouts(path, base).items()
+        _shard(path, base, index, layout, weights[index].detach()) for index, layout in _layouts(path, base).items()
     ]
 
 
-def _flat_state(base: Mapping[str, Any], index: int) -> dict[str, Tensor] | None:
-    return flatten_state(base["state"][index]) if index in base["state"] else None
+def _shard(path: Path, base: Mapping[str, Any], index: int, layout: StateLayout, weights: Tensor) -> SourceShard:
+    """A local tensor and its state, which must have the lengths that the layout says."""
+    names = ", ".join(span.fqn for span in layout.spans)
+    with in_file(path):
+        match_names(base["state"].get(index), layout, names)
+        match_shapes(base["state"][index], layout, names)
+        end = max((span.offset + span.numel for span in layout.spans), default=0)
+        if weights.ndim != 1 or len(weights) < end or not weights.is_floating_point():
+            raise CheckpointMismatchError(
+                f"the weights of {names} are {weights.dtype} {tuple(weights.shape)}, expected at least {end} of them: "
+                "damaged. Copy the checkpoint again, or load an earlier one."
+            )
+        own = {name: base["state"][index][name] for name in ("step", *layout.tensors)}
+        return SourceShard(layout, flatten_state(own), weights, str(path))
 
 
 def _layouts(path: Path, base: Mapping[str, Any]) -> dict[int, StateLayout]:
@@ -383,6 +341,8 @@ def _layouts(path: Path, base: Mapping[str, Any]) -> dict[int, StateLayout]:
     layouts = read_layouts(base[LAYOUT_KEY])
     if not layouts:
         raise CheckpointMismatchError(f"{path} was saved before the first step; start from the model's weights.")
+    with in_file(path):
+        match_description(base, layouts)
     return layouts
 
 

@@ -21,7 +21,9 @@ from ..engines.cuts import FlatShard, zero3_shard, zero3_share, zero12_shard
 from ..errors import CheckpointMismatchError, ConfigError
 from ..layout import StateLayout, plain_fqn
 from .deepspeed import DeepSpeedCheckpoint, read_checkpoint
+from .deepspeed_files import in_file
 from .format import LAYOUT_KEY, describe_layouts
+from .match import match_tensors
 from .reshard import Resharder, SourceShard, same_bits
 
 _DEFAULT_SUB_GROUP_SIZE = 1_000_000_000
@@ -59,7 +61,8 @@ def reshard_checkpoint(
     if target.exists():
         raise ConfigError(f"{target} exists already; give a new folder.")
     checkpoint = read_checkpoint(source, tag)
-    writer = _Writer(checkpoint, world_size)
+    with in_file(checkpoint.folder):
+        writer = _Writer(checkpoint, world_size)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as unfinished:
         folder = Path(unfinished) / "checkpoint" / checkpoint.folder.name
@@ -67,7 +70,8 @@ def reshard_checkpoint(
         for rank in range(world_size):
             progress("writing", rank, world_size)
             with tempfile.TemporaryDirectory(dir=unfinished) as scratch:
-                writer.write_rank(rank, folder, Path(scratch))
+                with in_file(checkpoint.folder):
+                    writer.write_rank(rank, folder, Path(scratch))
         progress("writing", world_size, world_size)
         (folder.parent / "latest").write_text(checkpoint.folder.name)
         rebuilt = writer.resharder.rebuilt
@@ -114,6 +118,7 @@ class _Writer:
             state = self.resharder.state(layout, _allocator(scratch / f"state{index}"))
             assert state is not None  # a checkpoint that was never stepped has no layouts to read
             states[index] = shape_state(layout, state)
+            match_tensors(states[index], layout, ", ".join(span.fqn for span in layout.spans))
         optim = dict(self.checkpoint.optim_states[0])
         zero = optim["optimizer_state_dict"] = dict(optim["optimizer_state_dict"])
         base_key = "base_optimizer_state" if self.checkpoint.stage < 3 else "optimizer_state_dict"

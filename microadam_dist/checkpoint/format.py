@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..config import MicroAdamConfig
+from ..config import LATER_SETTINGS, STRUCTURAL_SETTINGS, MicroAdamConfig
 from ..errors import CheckpointMismatchError, MicroAdamError
 from ..layout import ShardSpan, StateLayout, plain_fqn
 
@@ -53,11 +53,23 @@ def read_layouts(entry: Mapping[str, Any]) -> dict[int, StateLayout]:
         return {
             int(index): StateLayout(
                 tuple(ShardSpan(plain_fqn(fqn), tuple(shape), *interval) for fqn, shape, *interval in tensor["spans"]),
-                MicroAdamConfig.from_dict(tensor["settings"]),
+                read_settings(tensor["settings"]),
             )
             for index, tensor in entry["tensors"].items()
         }
     except (KeyError, TypeError, ValueError, AttributeError, MicroAdamError) as error:
         raise CheckpointMismatchError(
-            f"the description of MicroAdam state in the checkpoint is damaged: {error}."
+            f"the description of MicroAdam state in the checkpoint is damaged: {error!r}. Copy it again, or load an "
+            "earlier one."
         ) from error
+
+
+def read_settings(settings: Mapping[str, Any]) -> MicroAdamConfig:
+    """The structural settings that a description has; those that its version did not know as they were then.
+
+    Raises:
+        ConfigError: One is invalid.
+        KeyError: One is missing.
+    """
+    saved = {**LATER_SETTINGS, **settings}
+    return MicroAdamConfig.from_dict({name: saved[name] for name in STRUCTURAL_SETTINGS})

@@ -6,7 +6,7 @@ Every answer but yes is an error.
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Hashable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ def state_dict_parts(state_dict: Mapping[str, Any]) -> tuple[Groups, Mapping[Any
     groups, state = state_dict.get("param_groups"), state_dict.get("state")
     if (
         not isinstance(groups, Sequence)
-        or not all(isinstance(group, Mapping) and "params" in group for group in groups)
+        or not all(isinstance(group, Mapping) and _are_keys(group.get("params")) for group in groups)
         or not isinstance(state, Mapping)
     ):
         raise CheckpointMismatchError(
@@ -40,9 +40,14 @@ def state_dict_parts(state_dict: Mapping[str, Any]) -> tuple[Groups, Mapping[Any
     if unknown := set(state).difference(*(group["params"] for group in groups)):
         raise CheckpointMismatchError(
             f"the checkpoint has state of parameters that are in none of its groups ({min(map(str, unknown))}, ...). "
-            "It is damaged, or keys were changed in one place only."
+            "It is damaged, or keys were changed in one place only: load another one."
         )
     return groups, state
+
+
+def _are_keys(params: Any) -> bool:
+    """Whether this can be what a group says about its parameters: numbers, or names."""
+    return isinstance(params, Sequence) and all(isinstance(key, Hashable) for key in params)
 
 
 def match_groups(saved_groups: Groups, groups: Groups) -> None:
@@ -57,21 +62,69 @@ def match_groups(saved_groups: Groups, groups: Groups) -> None:
             f"the checkpoint has param groups of {saved_sizes} parameters, this optimizer of {sizes}. Build the "
             "optimizer with the same groups as when the checkpoint was written."
         )
-    for index, (written, group) in enumerate(zip(saved_groups, groups, strict=True)):
-        saved = {**LATER_SETTINGS, **written}
-        if missing := [name for name in SETTING_NAMES if name not in saved]:
-            raise CheckpointMismatchError(
-                f"param group {index} of the checkpoint has no {missing[0]!r}: it was not written by MicroAdam."
-            )
+    match_settings(saved_groups, groups)
+
+
+def match_settings(saved_groups: Groups, groups: Groups) -> None:
+    """As many saved groups must have the same structural settings, and valid other ones.
+
+    Raises:
+        CheckpointMismatchError: Names the group and what differs.
+    """
+    saved_groups = [{**LATER_SETTINGS, **group} for group in saved_groups]
+    require_settings(saved_groups)
+    for index, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
         if name := structural_difference(saved, group):
             raise CheckpointMismatchError(
                 f"param group {index} of the checkpoint has {name}={saved[name]}, this optimizer {group[name]}. "
                 f"State cannot be converted; construct the optimizer with {name}={saved[name]}."
             )
+
+
+def require_settings(saved_groups: Groups, names: Sequence[str] = SETTING_NAMES) -> None:
+    """Saved groups must have these settings, all of them valid.
+
+    Raises:
+        CheckpointMismatchError: Names the group and what is wrong.
+    """
+    for index, written in enumerate(saved_groups):
+        saved = {**LATER_SETTINGS, **written}
+        if missing := [name for name in names if name not in saved]:
+            raise CheckpointMismatchError(
+                f"param group {index} of the checkpoint has no {missing[0]!r}: it was not written by MicroAdam, or it "
+                "is damaged. Load another one."
+            )
         try:
             MicroAdamConfig.from_dict(saved)
         except ConfigError as error:
-            raise CheckpointMismatchError(f"param group {index} of the checkpoint is damaged: {error}") from None
+            raise CheckpointMismatchError(
+                f"param group {index} of the checkpoint is damaged: {error} Load another one."
+            ) from None
+
+
+def match_description(state_dict: Mapping[str, Any], layouts: Mapping[int, StateLayout]) -> None:
+    """What a state dict says its tensors describe, by position, must agree with its groups and its state.
+
+    Raises:
+        CheckpointMismatchError: Names the parameter.
+    """
+    groups, state = state_dict_parts(state_dict)
+    groups = [{**LATER_SETTINGS, **group} for group in groups]
+    require_settings(groups)
+    members = [(group, key) for group in groups for key in group["params"]]
+    for index, layout in layouts.items():
+        name = ", ".join(span.fqn for span in layout.spans)
+        if not 0 <= index < len(members) or members[index][1] not in state:
+            raise CheckpointMismatchError(
+                f"the state of parameter {name} is missing in the checkpoint, which describes it: it is damaged. Copy "
+                "it again, or load an earlier one."
+            )
+        settings = layout.config.structural
+        if different := structural_difference(members[index][0], settings):
+            raise CheckpointMismatchError(
+                f"the state of parameter {name} has {different}={settings[different]}, its param group in the "
+                f"checkpoint {members[index][0][different]}: it is damaged. Copy it again, or load an earlier one."
+            )
 
 
 def match_spans(saved: StateLayout, layout: StateLayout, name: str) -> None:
@@ -120,7 +173,8 @@ def match_module(
         name = differing[0]
         raise CheckpointMismatchError(
             f"{len(differing)} tensors differ, such as {name!r}: {shapes.get(name, 'not there')} in the model, "
-            f"{saved.get(name, 'not there')} in {where}. It belongs to another model."
+            f"{saved.get(name, 'not there')} in {where}. It belongs to another model. Load it into "
+            "the one that was saved, or another checkpoint."
         )
 
 
@@ -145,6 +199,21 @@ def match_tensors(state: Mapping[str, Any], layout: StateLayout, name: str) -> N
     Raises:
         CheckpointMismatchError: Names the tensor, what it is and what is expected.
     """
+    match_shapes(state, layout, name)
+    if layout.has_window and "indices" in layout.tensors:
+        window = {key: state[key].contiguous() for key in WINDOW_TENSORS if key in layout.tensors}
+        if not indices_are_valid(layout, window):
+            raise CheckpointMismatchError(
+                f"'indices' of parameter {name} point outside their blocks: damaged. Load another checkpoint."
+            )
+
+
+def match_shapes(state: Mapping[str, Any], layout: StateLayout, name: str) -> None:
+    """`match_tensors` without a look at the contents, but for the number of steps.
+
+    Raises:
+        CheckpointMismatchError: Names the tensor, what it is and what is expected.
+    """
     read_step(state["step"], name)
     for key, (dtype, _) in state_specs(layout).items():
         got, shape = state[key], layout.shapes[key]
@@ -152,12 +221,6 @@ def match_tensors(state: Mapping[str, Any], layout: StateLayout, name: str) -> N
             raise CheckpointMismatchError(
                 f"{key!r} of parameter {name} is {_describe(got)}, expected {dtype} {shape}. It was made for another "
                 "model, sharding or settings, or converted: resume with the same ones, from a state dict as saved."
-            )
-    if layout.has_window and "indices" in layout.tensors:
-        window = {key: state[key].contiguous() for key in WINDOW_TENSORS if key in layout.tensors}
-        if not indices_are_valid(layout, window):
-            raise CheckpointMismatchError(
-                f"'indices' of parameter {name} point outside their blocks: damaged. Load another checkpoint."
             )
 
 

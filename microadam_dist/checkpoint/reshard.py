@@ -158,7 +158,7 @@ class Resharder:
             if piece.span.global_shape != span.global_shape:
                 raise CheckpointMismatchError(
                     f"parameter {span.fqn!r} has shape {piece.span.global_shape} in {piece.shard.origin}, "
-                    f"here {span.global_shape}. The checkpoint belongs to another model."
+                    f"here {span.global_shape}. The checkpoint belongs to another model: load another one."
                 )
             stop = min(piece.end, end)
             yield _Piece(piece.shard, piece.span_index, position, stop)
@@ -166,7 +166,7 @@ class Resharder:
         if position < end:
             raise CheckpointMismatchError(
                 f"elements {position} to {end} of parameter {span.fqn!r} are nowhere in the checkpoint. "
-                "It belongs to another model, or a rank's file is missing."
+                "It belongs to another model, or a rank's file is missing: copy all of it, or load another one."
             )
 
 

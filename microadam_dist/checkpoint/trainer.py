@@ -21,10 +21,12 @@ from ..arithmetic.state import flatten_state
 from ..config import LATER_SETTINGS, MicroAdamConfig
 from ..errors import CheckpointMismatchError
 from ..layout import ShardSpan, StateLayout, are_positions, plain_fqn
-from .dcp import SavedState, load_entries, read_metadata
-from .deepspeed import in_file, read_checkpoint
+from .dcp import SavedState, load_entries, load_intact_entries, read_metadata, require_intact_entries
+from .deepspeed import read_checkpoint
+from .deepspeed_files import in_file
 from .format import LAYOUT_KEY, read_layouts
 from .integrity import require_intact
+from .match import match_description, match_names, match_shapes
 from .reshard import Resharder, SourceShard
 from .training import SavedTraining
 
@@ -56,7 +58,7 @@ def read_training(folder: str | Path, share: tuple[int, int] = (0, 1)) -> SavedT
     with in_file(folder):
         if engine == "DeepSpeed":
             return read_checkpoint(folder, share=share).training()
-        weights = _fsdp_weights(folder) if engine.startswith("FSDP") else _whole_weights(folder)
+        weights = _fsdp_weights(folder, share) if engine.startswith("FSDP") else _whole_weights(folder)
         scheduler = _load(folder / "scheduler.pt")
         if (folder / STATE_FOLDER).is_dir():
             saved = SavedState(folder / STATE_FOLDER)
@@ -98,7 +100,7 @@ class WholeTensors:
 
 def _whole_weights(folder: Path) -> WholeTensors:
     """`model.safetensors`, in one file or several."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -110,16 +112,22 @@ def _whole_weights(folder: Path) -> WholeTensors:
     files: dict[str, Any] = {}  # by tensor
     shapes: dict[str, tuple[int, ...]] = {}
     for name in sorted(names):
-        file: Any = safe_open(folder / name, framework="pt")
+        try:
+            file: Any = safe_open(folder / name, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointMismatchError(
+                f"{folder / name} cannot be read, it is missing or truncated: {error}. Copy it again."
+            ) from error
         files |= dict.fromkeys(file.keys(), file)
         shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     return WholeTensors(shapes, lambda name: files[name].get_tensor(name))
 
 
-def _fsdp_weights(folder: Path) -> WholeTensors:
-    """`pytorch_model_fsdp_0/`, which `torch.distributed.checkpoint` wrote; read a tensor at a time."""
+def _fsdp_weights(folder: Path, share: tuple[int, int]) -> WholeTensors:
+    """`pytorch_model_fsdp_0/`, which `torch.distributed.checkpoint` wrote; checked here, read a tensor at a time."""
     (weights,) = (path for path in folder.glob(f"{_FSDP_WEIGHTS}*") if path.is_dir())
     metadata = read_metadata(weights).state_dict_metadata
+    require_intact_entries(weights, metadata, share)
     shapes = {
         name.removeprefix("model."): (tuple(entry.size), entry.properties.dtype)
         for name, entry in metadata.items()
@@ -128,7 +136,9 @@ def _fsdp_weights(folder: Path) -> WholeTensors:
 
     def read(name: str) -> Tensor:
         shape, dtype = shapes[name]
-        tensor: Tensor = load_entries(weights, {f"model.{name}": torch.empty(shape, dtype=dtype)})[f"model.{name}"]
+        tensor: Tensor = load_intact_entries(weights, {f"model.{name}": torch.empty(shape, dtype=dtype)})[
+            f"model.{name}"
+        ]
         return tensor
 
     return WholeTensors({name: shape for name, (shape, _) in shapes.items()}, read)
@@ -138,7 +148,9 @@ def _plain_state(path: Path) -> tuple[list[SourceShard], Sequence[Mapping[str, A
     """`optimizer.pt` of one process or DDP: MicroAdam's own state dict."""
     saved = _load(path)
     if saved is None:
-        raise CheckpointMismatchError(f"{path} is missing: the checkpoint was saved without the optimizer.")
+        raise CheckpointMismatchError(
+            f"{path} is missing: the checkpoint was saved without the optimizer. Load its weights alone."
+        )
     if LAYOUT_KEY not in saved:
         raise CheckpointMismatchError(f"{path} has no MicroAdam state: it was written with another optimizer.")
     layouts = read_layouts(saved[LAYOUT_KEY])
@@ -147,10 +159,15 @@ def _plain_state(path: Path) -> tuple[list[SourceShard], Sequence[Mapping[str, A
             f"{path} has positions in the place of names, which another engine has in another order. Resume with the "
             "engine that wrote it, or with ShardedStateMixin from the start, which saves names."
         )
-    return [
-        SourceShard(layout, flatten_state(_own(saved["state"][index], layout)), torch.empty(0), str(path))
-        for index, layout in layouts.items()
-    ], saved["param_groups"]
+    match_description(saved, layouts)
+    sources = []
+    for index, layout in layouts.items():
+        state, name = saved["state"].get(index), layout.spans[0].fqn
+        match_names(state, layout, name)
+        match_shapes(state, layout, name)
+        own = {part: state[part] for part in ("step", *layout.tensors)}
+        sources.append(SourceShard(layout, flatten_state(own), torch.empty(0), str(path)))
+    return sources, saved["param_groups"]
 
 
 def _fsdp2_state(
@@ -183,14 +200,15 @@ def _fsdp2_state(
     return sources, groups
 
 
-def _own(state: Mapping[str, Any], layout: StateLayout) -> dict[str, Tensor]:
-    return {name: state[name] for name in ("step", *layout.tensors)}
-
-
 def _load(path: Path) -> dict[str, Any] | None:
     """What `torch.save` has written; None where there is nothing."""
     if not path.is_file():
         return None
     require_intact(path, str(path))
-    saved: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    try:
+        saved: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:
+        raise CheckpointMismatchError(
+            f"{path} cannot be read: {error}. Copy it again, or load an earlier checkpoint."
+        ) from error
     return saved

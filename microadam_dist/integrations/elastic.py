@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import deepspeed
-from ..checkpoint.deepspeed import CheckpointFiles
+from ..checkpoint.deepspeed_files import CheckpointFiles
 from ..checkpoint.trainer import engine_of, read_training
 from ..errors import CheckpointMismatchError
 from ..optimizer import MicroAdam

@@ -11,13 +11,11 @@ from pathlib import Path
 from torch import Tensor
 
 from ..checkpoint.dcp import LocalState, SavedState, write_state
-from ..config import SETTING_NAMES, STRUCTURAL_SETTINGS, MicroAdamConfig
+from ..config import CHANGEABLE_SETTINGS, MicroAdamConfig
 from ..engines.collectives import process_rank, raise_together
 from ..errors import UnsupportedLayoutError
 from ..layout import StateLayout
 from .microadam import MicroAdam
-
-_CHANGEABLE_SETTINGS = [name for name in SETTING_NAMES if name not in STRUCTURAL_SETTINGS]
 
 
 def save_sharded(optimizer: MicroAdam, folder: str | Path) -> None:
@@ -33,7 +31,7 @@ def save_sharded(optimizer: MicroAdam, folder: str | Path) -> None:
     """
     tensors = [LocalState(layout, optimizer.sharded.flat_state(p)) for p, layout in _layouts(optimizer).items()]
     configs = map(MicroAdamConfig.from_dict, optimizer.param_groups)  # numbers, for the file
-    groups = [{name: getattr(config, name) for name in _CHANGEABLE_SETTINGS} for config in configs]
+    groups = [{name: getattr(config, name) for name in CHANGEABLE_SETTINGS} for config in configs]
     write_state(folder, tensors, groups, process_rank()[1])
 
 
@@ -54,8 +52,8 @@ def load_sharded(optimizer: MicroAdam, folder: str | Path) -> None:
     """
     with raise_together():
         saved = SavedState(folder)
-        layouts = _layouts(optimizer)
-        states = dict(zip(layouts, saved.states(list(layouts.values())), strict=True))
+        _layouts(optimizer)
+        states = optimizer.sharded.fitting_shards(saved.states)
     optimizer.sharded.load_shards(states)
     if len(saved.param_groups) == len(optimizer.param_groups):  # otherwise their settings are the user's
         optimizer.sharded.load_group_settings(saved.param_groups)

@@ -17,6 +17,7 @@ from ..arithmetic.state import OWN_NAMES, allocate_state, flatten_state, shape_s
 from ..checkpoint.format import APART, APART_KEY, LAYOUT_KEY, describe_layouts, read_layouts
 from ..checkpoint.match import (
     Groups,
+    match_description,
     match_groups,
     match_memory,
     match_names,
@@ -25,6 +26,7 @@ from ..checkpoint.match import (
     read_step,
     state_dict_parts,
 )
+from ..checkpoint.training import SavedStates
 from ..config import LATER_SETTINGS, STRUCTURAL_SETTINGS, MicroAdamConfig, structural_difference
 from ..engines.base import Place, Shard, WeightExchange
 from ..engines.collectives import process_rank
@@ -242,6 +244,19 @@ class ShardedState:
         local = self.local(p)
         return flatten_state({name: local[name] for name in ("step", *self._layouts[p].tensors)})
 
+    def fitting_shards(self, read: SavedStates) -> dict[Tensor, dict[str, Tensor] | None]:
+        """State for `load_shards`, of every tensor in the param groups.
+
+        Raises:
+            CheckpointMismatchError: It does not fit.
+        """
+        layouts = self.layouts()
+        states = dict(zip(layouts, read(list(layouts.values())), strict=True))
+        for p, state in states.items():
+            if state is not None:
+                match_tensors(shape_state(layouts[p], state), layouts[p], self._title(p))
+        return states
+
     def load_shards(self, states: Mapping[Tensor, Mapping[str, Tensor] | None]) -> None:
         """Replace the state of tensors by state laid out as `layouts` says; None takes it away."""
         layouts = self.layouts()
@@ -291,6 +306,7 @@ class ShardedState:
             return _Fitting(groups, None, layouts)
         # Tools that pass on "state" and "param_groups" only drop this entry.
         saved_layouts = read_layouts(state_dict[LAYOUT_KEY]) if LAYOUT_KEY in state_dict else {}
+        match_description(state_dict, saved_layouts)
         for index, p in enumerate(tensors):
             if p not in loaded:
                 continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..checkpoint.match import match_module
+from ..checkpoint.match import match_module, match_settings
 from ..checkpoint.training import Read, SavedTraining
 from ..engines.collectives import process_rank, raise_together
 from ..engines.names import module_tensors
@@ -42,9 +42,11 @@ def load_training(model: nn.Module, optimizer: MicroAdam, read: Read) -> SavedTr
         shapes = {name: tuple(tensor.shape) for name, tensor in untrained.items()}
         shapes |= {name: layouts[t].spans[0].global_shape for name, t in module.items() if name not in untrained}
         match_module(module, shapes, saved.weights.shapes, saved.origin)
-        states = dict(zip(layouts, saved.states(list(layouts.values())), strict=True))
+        states = optimizer.sharded.fitting_shards(saved.states)
+        if loads_settings := len(saved.param_groups) == len(optimizer.param_groups):  # otherwise they are the user's
+            match_settings(saved.param_groups, optimizer.param_groups)
     optimizer.sharded.load_shards(states)
-    if len(saved.param_groups) == len(optimizer.param_groups):  # otherwise their settings are the user's
+    if loads_settings:
         optimizer.sharded.load_group_settings(saved.param_groups)
     with torch.no_grad():
         for p, shard in shards.items():
