@@ -5,6 +5,7 @@ After every rule each weight, state tensor, step and setting is compared.
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import tempfile
 import warnings
@@ -25,7 +26,7 @@ from hypothesis.stateful import (
 )
 from torch import Tensor
 
-from microadam_dist import CheckpointMismatchError
+from microadam_dist import CheckpointMismatchError, MicroAdamConfig
 from microadam_dist.backends.cpu import available_isas
 from microadam_dist.checkpoint.reshard import Resharder, SourceShard
 from microadam_dist.errors import BackendUnavailableError
@@ -75,8 +76,8 @@ SOME = st.lists(NUMBERS, min_size=1, max_size=2)
 @st.composite
 def group_settings(draw: st.DrawFn) -> dict[str, Any]:
     window_size, packed = draw(WINDOWS)
-    other = {"weight_decay": 0.0, "betas": (0.9, 0.999), "eps": 1e-8, "ef_bits": 4}
-    return {**other, **draw(STRUCTURES), **draw(CHANGES), "window_size": window_size, "packed_window": packed}
+    defaults = dataclasses.asdict(MicroAdamConfig())
+    return {**defaults, **draw(STRUCTURES), **draw(CHANGES), "window_size": window_size, "packed_window": packed}
 
 
 def is_whole(machine: Training) -> bool:
