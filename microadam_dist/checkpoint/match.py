@@ -71,9 +71,9 @@ def match_settings(saved_groups: Groups, groups: Groups) -> None:
     Raises:
         CheckpointMismatchError: Names the group and what differs.
     """
-    saved_groups = [{**LATER_SETTINGS, **group} for group in saved_groups]
     require_settings(saved_groups)
-    for index, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
+    for index, (written, group) in enumerate(zip(saved_groups, groups, strict=True)):
+        saved = {**LATER_SETTINGS, **written}
         if name := structural_difference(saved, group):
             raise CheckpointMismatchError(
                 f"param group {index} of the checkpoint has {name}={saved[name]}, this optimizer {group[name]}. "

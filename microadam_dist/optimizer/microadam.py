@@ -323,6 +323,7 @@ class MicroAdam(Optimizer):
         new = self.sharded.find_new(p for _, members in groups for p in members)
         for config, members in groups:
             self.sharded.require_unchanged(members, config, new)
+        self.sharded.require_one_structure(new)
         for p, layout in new.items():
             self._check(self.sharded.shard(p).name, p, layout.config)
         if new and self.exchange_settings.sparse_allgather and self.names.sharded is None:

@@ -167,12 +167,8 @@ class ShardedState:
         checked = None
         for p in members:
             shard, made_for = self._shards[p], (new.get(p) or self._layouts[p]).config
-            if made_for is not checked and (name := structural_difference(config.structural, made_for.structural)):
-                raise ConfigError(
-                    f"{name}={getattr(config, name)!r}: the state of parameter {shard.name!r} was made with "
-                    f"{getattr(made_for, name)!r}. It cannot change once state exists; set it back, or construct a new "
-                    "optimizer."
-                )
+            if made_for is not checked:
+                self._require_structure(p, config.structural, made_for)
             checked = made_for
             param = shard.param
             if param.dtype not in PARAM_DTYPES:
@@ -190,6 +186,28 @@ class ShardedState:
                     f"{shard.local_shape}. Construct a new optimizer after changing a parameter's shape."
                 )
             _ = shard.grad  # raises if it cannot be used
+
+    def require_one_structure(self, new: Mapping[Tensor, StateLayout]) -> None:
+        """In groups that get new state, the state that is there, gradient or not, was made with the same settings.
+
+        Raises:
+            ConfigError: A structural setting has changed.
+        """
+        for group in self._owner.param_groups if new else ():
+            if new.keys().isdisjoint(group["params"]):
+                continue
+            structure = MicroAdamConfig.from_dict({name: group[name] for name in STRUCTURAL_SETTINGS}).structural
+            for p in group["params"]:
+                if p not in new and p in self._layouts and self._has_state(p):
+                    self._require_structure(p, structure, self._layouts[p].config)
+
+    def _require_structure(self, p: Tensor, structure: Mapping[str, Any], made_for: MicroAdamConfig) -> None:
+        if name := structural_difference(structure, made_for.structural):
+            raise ConfigError(
+                f"{name}={structure[name]!r}: the state of parameter {self._shards[p].name!r} was made with "
+                f"{getattr(made_for, name)!r}. It cannot change once state exists; set it back, or construct a new "
+                "optimizer."
+            )
 
     def accept(self, layouts: Mapping[Tensor, StateLayout]) -> None:
         """Zero state for tensors that `find_new` has found to have none; the state that others have put there stays."""

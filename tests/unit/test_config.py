@@ -419,6 +419,20 @@ def test_structural_setting_cannot_change_once_state_exists(name: str) -> None:
     assert optimizer.state[param]["step"] == 1
 
 
+def test_a_member_without_state_does_not_bring_another_structure_into_its_group() -> None:
+    first, second = make_param(), make_param()
+    optimizer = MicroAdam([first, second], backend="reference")
+    second.grad = None
+    optimizer.step()
+    optimizer.param_groups[0]["density"] = 0.5
+    first.grad, second.grad = None, first.grad
+    with pytest.raises(ConfigError, match="density=0.5: the state of parameter '0' was made with 0.1"):
+        optimizer.step()
+    optimizer.param_groups[0]["density"] = 0.1
+    optimizer.step()
+    assert [int(optimizer.state[p]["step"]) for p in (first, second)] == [1, 1]
+
+
 # ---------------------------------------------------------------- num_kept
 
 
