@@ -62,7 +62,9 @@ def test_goes_on_anywhere(
     distances = [abs(metrics["train_loss"][step][1] - straight["train_loss"][step][1]) for step in range(END)]
     print(f"{source} -> {target} on {num_ranks}: {[round(d, 4) for d in distances[SAVED_AT:]]} nats apart")
     assert distances[:SAVED_AT] == [0] * SAVED_AT
-    assert max(distances) < 0.05  # without the weights 0.5
+    learned = straight["train_loss"][0][1] - straight["train_loss"][SAVED_AT][1]  # what lost weights would cost
+    print(f"learned until then: {learned:.3f} nats")
+    assert max(distances) < 0.03 < learned / 5
     training = read_training(tmp_path / f"checkpoint-{END}")
     config = MicroAdamConfig(**MicroAdam.paper_defaults())
     spans = [ShardSpan.whole(name, shape) for name, shape in training.weights.shapes.items()]
