@@ -30,6 +30,7 @@ from ..checkpoint.training import SavedStates
 from ..config import LATER_SETTINGS, STRUCTURAL_SETTINGS, MicroAdamConfig, structural_difference
 from ..engines.base import Place, Shard, WeightExchange
 from ..engines.collectives import process_rank
+from ..engines.dtensors import describe
 from ..engines.find import find_shard
 from ..engines.names import ParameterNames
 from ..errors import CheckpointMismatchError, ConfigError, UnsupportedLayoutError
@@ -319,8 +320,11 @@ class ShardedState:
         keys = chain.from_iterable(group["params"] for group in groups)
         loaded = {p: saved_state[key] for p, key in zip(tensors, keys, strict=True) if key in saved_state}
         layouts = {**self._layouts, **self._find_layouts(loaded)}
-        if any(self._is_elsewhere(p, state) for p, state in loaded.items()):
-            self._require_loaded_apart(loaded)
+        elsewhere = (
+            f"of {self._shards[p].name!r} {what}" for p, s in loaded.items() if (what := self._elsewhere(p, s))
+        )
+        if what := next(elsewhere, None):
+            self._require_loaded_apart(loaded, what)
             return _Fitting(groups, None, layouts)
         # Tools that pass on "state" and "param_groups" only drop this entry.
         saved_layouts = read_layouts(state_dict[LAYOUT_KEY]) if LAYOUT_KEY in state_dict else {}
@@ -364,19 +368,21 @@ class ShardedState:
             later = {name: value for name, value in LATER_SETTINGS.items() if name not in STRUCTURAL_SETTINGS}
             group.update({key: value for key, value in {**later, **saved}.items() if key != "params"})
 
-    def _is_elsewhere(self, p: Tensor, saved: Any) -> bool:
-        """Whether what was saved is a note in the place of the state, or the part of another rank."""
+    def _elsewhere(self, p: Tensor, saved: Any) -> str | None:
+        """What was saved in the place of the state, if that is a note or the part of another rank."""
         if not isinstance(saved, Mapping):
-            return False
-        return APART_KEY in saved or any(self._shards[p].is_other_part(state) for state in saved.values())
+            return None
+        if APART_KEY in saved:
+            return "a note"
+        return next((describe(state) for state in saved.values() if self._shards[p].is_other_part(state)), None)
 
-    def _require_loaded_apart(self, loaded: Mapping[Tensor, Mapping[str, Any]]) -> None:
+    def _require_loaded_apart(self, loaded: Mapping[Tensor, Mapping[str, Any]], what: str) -> None:
         """Such a state dict is loaded in silence only together with the state itself."""
         same = all(int(self._state[p]["step"]) == int(loaded[p]["step"]) for p in loaded if self._state.get(p))
         if not (self.loads_shards_later or (self._has_loaded_shards and same)):
             raise CheckpointMismatchError(
-                "this state dict holds no MicroAdam state for this rank: it was saved under FSDP1, by another rank, or "
-                f"by ranks that share the state in another way. What was {APART} is for any ranks: call "
+                f"this state dict holds no MicroAdam state for this rank, {what}: it was saved under FSDP1, by another "
+                f"rank, or by ranks that share the state in another way. What was {APART} is for any ranks: call "
                 "microadam_dist.load_sharded(optimizer, folder) with the folder of the same step, and load this state "
                 "dict after it or not at all. Of FSDP2 load what torch.distributed.checkpoint has saved; it reshards."
             )
