@@ -14,6 +14,7 @@ from .errors import ConfigError
 
 SUPPORTED_EF_BITS = (0, 2, 4, 8)
 ROUNDINGS = ("auto", "nearest", "stochastic")
+CORRECTIONS = ("window", "steps")
 MIN_BLOCK_SIZE, MAX_BLOCK_SIZE = 64, 32768
 MAX_PACKED_BLOCK_SIZE = 4096  # places that 12 bits can name
 # Below the smallest normal fp32 number eps may round to zero, and 0 / (eps + sqrt(0)) would be NaN.
@@ -40,6 +41,9 @@ class MicroAdamConfig:
         ef_bits: Bits of one error-feedback code; 0 switches error feedback off.
         packed_window: Store the window in 12-bit indices and 8-bit values, see `window`; needs a window, error feedback
             and blocks of at most 4096.
+        correction: What the sums over the window are divided by to become moments: "window", the weights that the slots
+            in it have, so that the step of a steady coordinate is ``lr`` at any time; "steps", the paper's 1 - beta^t,
+            with which it grows with the run, see `arithmetic.scalars`.
         rounding: How weights are rounded to their dtype after a step: "nearest"; "stochastic", see
             `arithmetic.rounding`, which is for bf16 and changes nothing for fp32; "auto" is "stochastic" where bf16
             weights are stepped, else "nearest".
@@ -59,6 +63,7 @@ class MicroAdamConfig:
     bucket_size: int = 64
     ef_bits: int = 4
     packed_window: bool = False
+    correction: str = "window"
     rounding: str = "auto"
     seed: int = 0
 
@@ -81,8 +86,8 @@ class MicroAdamConfig:
         _check_int("bucket_size", self.bucket_size, "an even integer >= 2", lambda n: n >= 2 and n % 2 == 0)
         _check_int("ef_bits", self.ef_bits, f"one of {SUPPORTED_EF_BITS}", lambda n: n in SUPPORTED_EF_BITS)
         check_flag("packed_window", self.packed_window)
-        if not isinstance(self.rounding, str) or self.rounding not in ROUNDINGS:
-            raise ConfigError(f"rounding={self.rounding!r}: expected {', '.join(map(repr, ROUNDINGS))}.")
+        _check_choice("correction", self.correction, CORRECTIONS)
+        _check_choice("rounding", self.rounding, ROUNDINGS)
         _check_int("seed", self.seed, "an integer in 0..2**32 - 1", lambda n: 0 <= n < 2**32)
         if self.packed_window:
             self._check_packed_window()
@@ -165,7 +170,7 @@ CHANGEABLE_SETTINGS = tuple(name for name in SETTING_NAMES if name not in STRUCT
 
 
 # Settings that state dicts of older versions lack, and what they mean there.
-LATER_SETTINGS = {"packed_window": False, "rounding": "nearest", "seed": 0}
+LATER_SETTINGS = {"packed_window": False, "correction": "steps", "rounding": "nearest", "seed": 0}
 
 
 def structural_difference(settings: Mapping[str, Any], others: Mapping[str, Any]) -> str | None:
@@ -224,6 +229,11 @@ def _check_float(name: str, value: float, expected: str, in_range: Callable[[flo
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not (is_number and abs(value) <= MAX_FP32 and in_range(value)):  # NaN is not <= anything
         raise ConfigError(f"{name}={value!r}: expected {expected}.")
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        raise ConfigError(f"{name}={value!r}: expected {', '.join(map(repr, choices))}.")
 
 
 def check_flag(name: str, value: Any) -> None:

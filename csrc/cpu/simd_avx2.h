@@ -102,6 +102,7 @@ inline int32_t reduce_add(Ints x) {
 inline Ints lane_numbers() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
 inline Ints add(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
 inline Ints multiply(Ints a, Ints b) { return _mm256_mullo_epi32(a, b); }
+inline Ints min_unsigned(Ints a, Ints b) { return _mm256_min_epu32(a, b); }
 inline Ints exclusive_or(Ints a, Ints b) { return _mm256_xor_si256(a, b); }
 template <int count>
 inline Ints shift_right(Ints x) {

@@ -102,6 +102,7 @@ inline int32_t reduce_add(Ints x) { return _mm512_reduce_add_epi32(x); }
 inline Ints lane_numbers() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
 inline Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
 inline Ints multiply(Ints a, Ints b) { return _mm512_mullo_epi32(a, b); }
+inline Ints min_unsigned(Ints a, Ints b) { return _mm512_min_epu32(a, b); }
 inline Ints exclusive_or(Ints a, Ints b) { return _mm512_xor_si512(a, b); }
 template <int count>
 inline Ints shift_right(Ints x) {

@@ -110,6 +110,7 @@ inline Ints bf16_bits(Ints x) {
 inline Ints lane_numbers() { return Ints{0, 1, 2, 3}; }
 inline Ints add(Ints a, Ints b) { return (Ints)((Unsigned)a + (Unsigned)b); }
 inline Ints multiply(Ints a, Ints b) { return (Ints)((Unsigned)a * (Unsigned)b); }
+inline Ints min_unsigned(Ints a, Ints b) { return (Unsigned)a < (Unsigned)b ? a : b; }
 inline Ints exclusive_or(Ints a, Ints b) { return a ^ b; }
 template <int count>
 inline Ints shift_right(Ints x) {

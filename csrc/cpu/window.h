@@ -127,29 +127,14 @@ inline Floats adam_update(const Moments* sums, const microadam_scalars& scalars)
 }
 
 // p = p * (1 - lr*wd);  p[touched] -= lr * (m / (eps + sqrt(v)))
-inline void update_weights(float* param, const Nearest&, const Block& block, const Step& step, const Scratch& s) {
+inline void update_weights(float* param, const Nearest& rounding, const Block& block, const Step& step, const Scratch& s) {
   const microadam_scalars& scalars = *step.scalars;
   const auto [indices, count] = sum_entries(block, step, s);
-  if (scalars.decay != 1.f) {
-    const Floats decay = splat(scalars.decay);
-    transform(param, param, block.numel, [=](Floats w) { return w * decay; });
-  }
+  rounding.decay(param, block.numel, scalars.decay);
   float* updates = reinterpret_cast<float*>(s.sums);  // each takes the place of half a sum that has been used
   for (int i = 0; i < count; i += kLanes) store(updates + i, adam_update(s.sums + i, scalars));
   MICROADAM_UNROLL
   for (int i = 0; i < count; ++i) param[indices[i]] -= updates[i];
-}
-
-// p = p * (1 - lr*wd)
-template <class Param, class Rounding>
-inline void decay_weights(Param* param, const Rounding& rounding, int numel, Floats decay) {
-  int i = 0;
-  for (; i + kLanes <= numel; i += kLanes) rounding.store_from(i, param + i, load(param + i) * decay);
-  if (i < numel) {
-    Param rest[kLanes];
-    rounding.store_from(i, rest, load_first(param + i, numel - i) * decay);
-    memcpy(param + i, rest, static_cast<size_t>(numel - i) * sizeof(Param));
-  }
 }
 
 // The same for 16-bit weights, each rounded once: the touched ones are taken out before the others are decayed.
@@ -162,7 +147,7 @@ inline void update_weights(Param* param, const Rounding& rounding, const Block& 
   Param* weights = reinterpret_cast<Param*>(s.weights);
   MICROADAM_UNROLL
   for (int i = 0; i < count; ++i) weights[i] = param[indices[i]];
-  if (!rounding.keeps_all(param, scalars.decay)) decay_weights(param, rounding, block.numel, decay);
+  rounding.decay(param, block.numel, scalars.decay);
   for (int i = 0; i < count; i += kLanes) {
     const Floats weight = load(weights + i) * decay - adam_update(s.sums + i, scalars);
     rounding.store_listed(indices + i, count - i, weights + i, weight);

@@ -15,6 +15,12 @@ using Elements = float[Traits::kChunks][kVector];
 template <class Traits>
 using Keys = uint32[Traits::kChunks][kVector / 2];
 
+// What the end of a step needs, read from shared memory at once.
+struct alignas(8) Ending {
+  float decay;
+  uint32 counter;  // of the block's first element, see rounding.cuh
+};
+
 template <class Traits>
 struct Block {
   typename Traits::Param* param;
@@ -25,7 +31,7 @@ struct Block {
   Bf16* scales;             // one for each slot of a packed window
   int32 numel, num_kept;
   int32 index_bytes;  // of a slot
-  uint32 counter;     // of the first element, see rounding.cuh
+  Ending ending;
 };
 
 // The elements of a chunk that are kept.
@@ -71,7 +77,7 @@ __device__ __forceinline__ uint32 counter_of(const Place& place, uint32 step_key
 // Block number `index` of a run.
 template <class Traits>
 __device__ __forceinline__ Block<Traits> find_block(const Tensor& tensor, const Run& run, uint32 index,
-                                                    uint32 step_key) {
+                                                    const Scalars& scalars) {
   uint32 row = 0, col = index;
   if (run.cols != 0) {
     row = index / static_cast<uint32>(run.cols);
@@ -86,7 +92,8 @@ __device__ __forceinline__ Block<Traits> find_block(const Tensor& tensor, const 
   block.bucket_hi = tensor.bucket_hi + bucket;
   block.numel = static_cast<int32>(run.numel);
   block.num_kept = static_cast<int32>(run.num_kept);
-  if (Traits::kStochastic) block.counter = counter_of(run.place, step_key, element);
+  block.ending.decay = scalars.decay;
+  if (Traits::kStochastic) block.ending.counter = counter_of(run.place, scalars.step_key, element);
   if (Traits::kHasWindow) {
     const int64 value = Traits::kWindowSize * offset_of(run.values, row, col);
     block.indices = tensor.indices + Traits::kWindowSize * offset_of(run.indices, row, col);

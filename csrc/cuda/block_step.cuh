@@ -122,7 +122,7 @@ __device__ __forceinline__ void step(const Launch& launch, uint32 index, Shared<
   const uint32 index_in_run = index - static_cast<uint32>(run.first_block);
   if (threadIdx.x == 0) {
     s.scalars = launch.device_scalars == nullptr ? launch.scalars : launch.device_scalars[run.tensor];
-    if (run.num_kept != 0) s.block = find_block<Traits>(tensor, run, index_in_run, s.scalars.step_key);
+    if (run.num_kept != 0) s.block = find_block<Traits>(tensor, run, index_in_run, s.scalars);
   }
   clear_bins(s);
   clear_sums(s);

@@ -144,13 +144,14 @@ __device__ __forceinline__ void apply_updates(int section, const Shared<Traits>&
   uint32 bits = 0;
 #pragma unroll
   for (int j = 0; j < kVector; ++j) bits |= float_bits(update[j]);
-  if (bits == 0 && s.scalars.decay == 1.f) return;
+  const Ending ending = s.block.ending;
+  if (bits == 0 && ending.decay == 1.f) return;
   load_first<kAligned>(weights, in_global(s.block.param) + first, count);
 #pragma unroll
-  for (int j = 0; j < kVector; ++j) weights[j] = weights[j] * s.scalars.decay - update[j];
+  for (int j = 0; j < kVector; ++j) weights[j] = weights[j] * ending.decay - update[j];
   auto* const param = in_global(s.block.param) + first;
   if constexpr (Traits::kStochastic) {
-    store_first<kAligned>(param, weights, count, s.block.counter + first * kPositionFactor);
+    store_first<kAligned>(param, weights, count, ending.counter + first * kPositionFactor);
   } else {
     store_first<kAligned>(param, weights, count);
   }

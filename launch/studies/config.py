@@ -36,7 +36,7 @@ class TextTask(_Settings):
         model: Changes to configs/models/byte-llama-1m.json.
         pretrain: Without it the model starts from random weights.
         eval_sequences: At most so many validation, and so many test sequences.
-        seeds: Instead of the study's.
+        seeds, search_seeds: Instead of the study's.
         optimizers: Only these of the study's.
         trace_every: Also record norms of gradient and error feedback, and the state's bytes, every so many steps.
     """
@@ -51,6 +51,7 @@ class TextTask(_Settings):
     eval_every: int
     eval_sequences: int = 64
     seeds: int | None = None
+    search_seeds: int | None = None
     optimizers: list[str] | None = None
     trace_every: int | None = None
 
@@ -64,6 +65,7 @@ class DigitsTask(_Settings):
     steps: int
     eval_every: int
     seeds: int | None = None
+    search_seeds: int | None = None
     optimizers: list[str] | None = None
     trace_every: int | None = None
 
@@ -78,11 +80,15 @@ class OptimizerEntry(BaseModel):
     Attributes:
         type: A name in `optimizers.BUILDERS`.
         lr: Learning rates to begin with; see `Study.lr_factor`.
+        warmup: Fraction of the steps in which the learning rate rises; a cosine to 0 follows.
+        weights: Of the model; "bf16": no fp32 copy of them.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
     type: Literal[tuple(BUILDERS)]  # type: ignore[valid-type]
     lr: Rates
+    warmup: float = 0.05
+    weights: Literal["fp32", "bf16"] = "fp32"
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -95,18 +101,22 @@ class Study(_Settings):
 
     Attributes:
         question: What the study is to find out; the first paragraph of its report.
-        seeds: Runs at the best learning rate; the others get one.
+        seeds: Runs at the best learning rate.
+        search_seeds: Runs at every learning rate; the best one has the lowest mean validation loss.
         lr_factor: Neighbours of the best learning rate at this factor are added until the best lies inside the grid.
             None: the learning rates stay as given.
         baseline: The optimizer that differences are counted from.
+        frontier: The bytes that losses are drawn against.
         quick: What `--quick` changes, merged into all this.
     """
 
     title: str
     question: str
     seeds: int = 3
+    search_seeds: int = 1
     lr_factor: float | None = 2.0
     baseline: str = "AdamW"
+    frontier: Literal["state", "weights and state"] = "state"
     tasks: dict[str, Task]
     optimizers: dict[str, OptimizerEntry]
     quick: dict[str, Any] = {}
@@ -163,6 +173,6 @@ def content_key(*parts: Any) -> str:
 
 def cell_key(study: Study, task: str, optimizer: str, data_sha256: str) -> str:
     """Identifies task, data and optimizer, with all settings that can change a result."""
-    settings = study.tasks[task].model_dump(exclude={"seeds", "optimizers"})
+    settings = study.tasks[task].model_dump(exclude={"seeds", "search_seeds", "optimizers"})
     entry = study.optimizers[optimizer]
-    return content_key(settings, data_sha256, entry.type, entry.settings)
+    return content_key(settings, data_sha256, entry.model_dump(exclude={"lr"}))

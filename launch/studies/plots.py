@@ -51,25 +51,28 @@ def _finish(axes: Axes, title: str, xlabel: str, ylabel: str) -> Figure:
     return axes.figure
 
 
-def frontier(rows: Sequence[Row]) -> Figure:
-    """Test loss against bytes of state; the line joins what nothing beats in both."""
+def frontier(rows: Sequence[Row], counted: str = "state") -> Figure:
+    """Test loss against bytes of "state" or "weights and state"; the line joins what nothing beats in both."""
+
+    def size(row: Row) -> float:
+        return row.bytes_per_param + (row.weight_bytes_per_param if "weights" in counted else 0)
+
     axes = _figure(4.8).subplots()
     for row, style in _styles(rows):
         low, high = row.mean_test - min(row.test), max(row.test) - row.mean_test
-        axes.errorbar(
-            row.bytes_per_param, row.mean_test, [[low], [high]], label=row.optimizer, capsize=3, linestyle="", **style
-        )
+        axes.errorbar(size(row), row.mean_test, [[low], [high]], label=row.optimizer, capsize=3, linestyle="", **style)
     best, corners = math.inf, []
-    for row in sorted((row for row in rows if row.test), key=lambda row: (row.bytes_per_param, row.mean_test)):
+    for row in sorted((row for row in rows if row.test), key=lambda row: (size(row), row.mean_test)):
         if row.mean_test < best:
             best = row.mean_test
-            corners.append((row.bytes_per_param, best))
+            corners.append((size(row), best))
     axes.plot(*zip(*corners, strict=True), color="grey", linewidth=1, zorder=0, drawstyle="steps-post")
     axes.set_xscale("symlog", linthresh=0.5)
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xticks([0, 0.5, 1, 2, 4, 8])
-    return _finish(axes, "Memory against loss", "optimizer state, bytes per parameter", "test loss (bar: all seeds)")
+    axes.set_xticks([0, 0.5, 1, 2, 4, 8, *([12] if "weights" in counted else [])])
+    label = f"{counted}, bytes per parameter"
+    return _finish(axes, "Memory against loss", label, "test loss (bar: all seeds)")
 
 
 def rates(rows: Sequence[Row]) -> Figure:
@@ -82,7 +85,28 @@ def rates(rows: Sequence[Row]) -> Figure:
     axes.xaxis.set_major_locator(LogLocator())
     best = min(min(row.rates.values()) for row, _ in _styles(rows))
     axes.set_ylim(best * 0.98, best * 1.35)
-    return _finish(axes, "Learning rates tried (seed 0)", "learning rate", "validation loss")
+    return _finish(axes, "Learning rates tried", "learning rate", "validation loss")
+
+
+def factors(lengths: Sequence[tuple[int, Sequence[Row]]], baseline: str) -> Figure:
+    """How many times the baseline's the best learning rate of the others is, against the steps of the task."""
+    axes = _figure(4.2).subplots()
+    points: dict[str, list[tuple[int, float]]] = {}
+    for steps, rows in lengths:
+        optimum = {row.optimizer: row.optimum[0] for row in rows if row.optimum}
+        for name in optimum if baseline in optimum else ():
+            points.setdefault(name, []).append((steps, optimum[name] / optimum[baseline]))
+    for row, style in _styles(lengths[0][1]):
+        if row.optimizer in points and row.optimizer != baseline:
+            axes.plot(*zip(*points[row.optimizer], strict=True), label=row.optimizer, linestyle="", **style)
+    axes.axhspan(2, 4.5, color="grey", alpha=0.2, linewidth=0, label="3, within a factor of 1.5")
+    axes.set_xscale("log")
+    axes.set_yscale("log", base=2)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xticks(sorted({steps for steps, _ in lengths}))
+    return _finish(axes, "One factor for every length?", "steps", f"best learning rate / that of {baseline}")
 
 
 def curves(rows: Sequence[Row]) -> Figure:

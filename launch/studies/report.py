@@ -6,11 +6,13 @@ import platform
 import re
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import yaml
+from matplotlib.figure import Figure
 
 from . import plots
 from .config import DigitsTask, Task
@@ -22,22 +24,29 @@ TEMPLATES = Path(__file__).parent
 def write_html(path: Path, reports: Sequence[StudyReport]) -> None:
     """Write the page, with all figures."""
     studies = [_section(report) for report in reports]
-    for study in studies:
+    for study, report in zip(studies, reports, strict=True):
+        if figure := _factors(report):
+            study["factors"] = plots.data_uri(figure)
         for task in study["tasks"]:
-            task["images"] = [plots.data_uri(draw(task["rows"])) for draw in _figures(task)]
+            task["images"] = [plots.data_uri(draw(task["rows"])) for draw in _figures(study, task).values()]
     path.write_text(_render("report.html.j2", studies), encoding="utf-8")
 
 
 def write_markdown(folder: Path, reports: Sequence[StudyReport]) -> None:
-    """Write RESULTS.md and figures/*.svg: memory against loss, and the norms of long runs."""
+    """Write RESULTS.md and figures/*.svg: memory against loss, the norms of long runs, learning rates of all seeds."""
     studies = [_section(report) for report in reports]
     (folder / "figures").mkdir(parents=True, exist_ok=True)
-    for study in studies:
+    for study, report in zip(studies, reports, strict=True):
+        if figure := _factors(report):
+            study["factors"] = Path("figures") / f"{study['name']}_factors.svg"
+            plots.save(figure, folder / study["factors"])
         for task in study["tasks"]:
             task["images"] = []
-            for draw in _figures(task):
-                if draw in (plots.frontier, plots.traces):
-                    path = folder / "figures" / f"{study['name']}_{_slug(task['name'])}_{draw.__name__}.svg"
+            wanted = {"traces", "rates"} if study.get("factors") else {"traces", "frontier"}
+            wanted |= {"rates"} if study["shows_rates"] else set()
+            for name, draw in _figures(study, task).items():
+                if name in wanted:
+                    path = folder / "figures" / f"{study['name']}_{_slug(task['name'])}_{name}.svg"
                     plots.save(draw(task["rows"]), path)
                     task["images"].append(path.relative_to(folder))
     (folder / "RESULTS.md").write_text(_render("report.md.j2", studies), encoding="utf-8")
@@ -63,6 +72,8 @@ def _section(report: StudyReport) -> dict[str, Any]:
         "title": study.title,
         "question": study.question,
         "lr_factor": study.lr_factor,
+        "frontier": study.frontier,
+        "shows_rates": study.search_seeds > 1,
         "baseline": study.baseline,
         "num_runs": report.num_runs,
         "tasks": [_task_section(report, name) for name in report.rows],
@@ -78,7 +89,8 @@ def _task_section(report: StudyReport, name: str) -> dict[str, Any]:
         "description": _describe(task, rows),
         "rows": rows,
         "baseline": baseline_loss(report.study, rows),
-        "searches": report.study.lr_factor is not None,
+        "baseline_optimum": next((row.optimum for row in rows if row.optimizer == report.study.baseline), None),
+        "lrs": sorted({lr for row in rows for lr in row.tests or ()}),
         "has_trace": bool(task.trace_every),
         "has_accuracy": isinstance(task, DigitsTask),
         "growth": [_growth(row) for row in rows if row.first and row.first["trace"]],
@@ -86,13 +98,26 @@ def _task_section(report: StudyReport, name: str) -> dict[str, Any]:
     }
 
 
-def _figures(task: dict[str, Any]) -> list[Callable[[Sequence[Row]], Any]]:
-    """What draws the figures of a task."""
+def _factors(report: StudyReport) -> Figure | None:
+    """The figure of a study that asks for the learning rates of several lengths."""
+    lengths = [(report.study.tasks[name].steps, rows) for name, rows in report.rows.items()]
+    finished = [(steps, rows) for steps, rows in lengths if any(row.optimum for row in rows)]
+    if report.study.search_seeds == 1 or len({steps for steps, _ in finished}) < 2:
+        return None
+    return plots.factors(finished, report.study.baseline)
+
+
+def _figures(study: dict[str, Any], task: dict[str, Any]) -> dict[str, Callable[[Sequence[Row]], Any]]:
+    """What draws the figures of a task, by name."""
     if not any(row.test for row in task["rows"]):
-        return []
-    searches = [plots.rates] if task["searches"] else []
-    traces = [plots.traces] if task["has_trace"] else []
-    return [plots.frontier, *searches, plots.curves, *traces]
+        return {}
+    figures: dict[str, Callable[[Sequence[Row]], Any]] = {
+        "frontier": partial(plots.frontier, counted=study["frontier"])
+    }
+    if study["lr_factor"] or study["shows_rates"]:
+        figures["rates"] = plots.rates
+    figures["curves"] = plots.curves
+    return figures | ({"traces": plots.traces} if task["has_trace"] else {})
 
 
 def _growth(row: Row) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from .config import Run, Study
 
 # A search that has not found an interior best learning rate by then stops, and the report says so.
@@ -64,15 +66,39 @@ def without_failures(records: dict[tuple[float, int], Record]) -> dict[tuple[flo
     return {key: record for key, record in records.items() if "error" not in record}
 
 
-def validation_losses(records: dict[tuple[float, int], Record]) -> dict[float, float]:
-    """Learning rate -> validation loss with seed 0, ascending; infinite where the run diverged or failed."""
-    first = sorted((lr, record) for (lr, seed), record in records.items() if seed == 0)
-    return {lr: record["validation"]["loss"] if record.get("validation") else math.inf for lr, record in first}
+def validation_losses(study: Study, cell: Cell, records: dict[tuple[float, int], Record]) -> dict[float, float]:
+    """Learning rate -> mean validation loss of the seeds that choose it; see `_mean_losses`."""
+    return _mean_losses(records, "validation", _search_seeds(study, cell))
 
 
-def best_rate(records: dict[tuple[float, int], Record]) -> float | None:
+def _mean_losses(records: dict[tuple[float, int], Record], split: str, num_seeds: int) -> dict[float, float]:
+    """Learning rate -> mean loss of the first seeds, ascending; infinite where one diverged or failed."""
+    losses: dict[float, list[float]] = {}
+    for (lr, seed), record in sorted(records.items()):
+        if seed < num_seeds:
+            losses.setdefault(lr, []).append(record[split]["loss"] if record.get(split) else math.inf)
+    return {lr: statistics.fmean(of_seeds) for lr, of_seeds in losses.items()}
+
+
+def interpolate(validation: Mapping[float, float], test: Mapping[float, float]) -> tuple[float, float] | None:
+    """The best learning rate between those tried, and the test loss there; None where the best one tried is at an edge.
+
+    From parabolas, over the logarithm of the rate, through the rate with the lowest validation loss and its neighbours.
+    """
+    rates = sorted(validation)
+    best = min(range(len(rates)), key=lambda i: validation[rates[i]])
+    near = rates[max(best - 1, 0) : best + 2]
+    if len(near) < 3 or not all(math.isfinite(losses[lr]) for lr in near for losses in (validation, test)):
+        return None
+    x = np.log(near)
+    curvature, slope, _ = np.polyfit(x, [validation[lr] for lr in near], 2)
+    lowest = -slope / (2 * curvature)
+    return math.exp(lowest), float(np.polyval(np.polyfit(x, [test[lr] for lr in near], 2), lowest))
+
+
+def best_rate(study: Study, cell: Cell, records: dict[tuple[float, int], Record]) -> float | None:
     """The learning rate with the lowest validation loss; None if no run has one."""
-    losses = validation_losses(records)
+    losses = validation_losses(study, cell, records)
     best = min(losses, key=lambda lr: losses[lr], default=None)
     return None if best is None or math.isinf(losses[best]) else best
 
@@ -80,24 +106,29 @@ def best_rate(records: dict[tuple[float, int], Record]) -> float | None:
 def next_runs(study: Study, cell: Cell, records: dict[tuple[float, int], Record]) -> list[Run]:
     """What is to be run next for a cell, given what has been run; nothing if it is finished.
 
-    First the learning rates of the grid with seed 0, then the neighbours of the best one until it lies inside, then
-    the other seeds at the best.
+    First the learning rates of the grid, then the neighbours of the best one until it lies inside, then the other
+    seeds at the best.
     """
-    tried = validation_losses(records)
 
-    def untried(rates: list[float]) -> list[Run]:
-        return [Run(cell.task, cell.optimizer, lr, 0) for lr in map(_rounded, rates) if lr not in tried]
+    def missing(rates: Sequence[float], num_seeds: int) -> list[Run]:
+        wanted = [Run(cell.task, cell.optimizer, _rounded(lr), seed) for lr in rates for seed in range(num_seeds)]
+        return [run for run in wanted if (run.lr, run.seed) not in records]
 
-    if runs := untried(study.optimizers[cell.optimizer].lr):
+    num_search_seeds = _search_seeds(study, cell)
+    if runs := missing(study.optimizers[cell.optimizer].lr, num_search_seeds):
         return runs
-    best = best_rate(records)
+    best = best_rate(study, cell, records)
     if best is None:
         return []
-    if study.lr_factor and len(tried) < MAX_RATES:
-        if runs := untried([best / study.lr_factor, best * study.lr_factor]):
+    if study.lr_factor and len(validation_losses(study, cell, records)) < MAX_RATES:
+        if runs := missing([best / study.lr_factor, best * study.lr_factor], num_search_seeds):
             return runs
     num_seeds = study.tasks[cell.task].seeds or study.seeds
-    return [Run(cell.task, cell.optimizer, best, seed) for seed in range(1, num_seeds) if (best, seed) not in records]
+    return missing([best], num_seeds)
+
+
+def _search_seeds(study: Study, cell: Cell) -> int:
+    return study.tasks[cell.task].search_seeds or study.search_seeds
 
 
 def _rounded(lr: float) -> float:
@@ -111,11 +142,14 @@ class Row:
 
     Attributes:
         note: Why there is no result, or what to keep in mind about it.
-        lr: The best learning rate on the validation split, seed 0.
+        lr: The best learning rate on the validation split.
         rates: Validation loss of every learning rate tried.
-        test: Test losses at that rate, one for each seed.
+        tests: Mean test loss of every learning rate tried.
+        optimum: See `interpolate`.
+        test: Test losses at the best rate, one for each seed.
         accuracies: Likewise.
         bytes_per_param: State, as allocated.
+        weight_bytes_per_param: Likewise.
         step_ms: Time of the optimizer's step alone; machine and load decide it.
         first: The record with the best rate and seed 0.
         all_seeds: All records with the best rate.
@@ -126,9 +160,12 @@ class Row:
     note: str
     lr: float | None = None
     rates: dict[float, float] | None = None
+    tests: dict[float, float] | None = None
+    optimum: tuple[float, float] | None = None
     test: tuple[float, ...] = ()
     accuracies: tuple[float, ...] = ()
     bytes_per_param: float | None = None
+    weight_bytes_per_param: float | None = None
     step_ms: float | None = None
     first: Record | None = None
     all_seeds: tuple[Record, ...] = ()
@@ -141,7 +178,7 @@ class Row:
 
 def summarize(study: Study, cell: Cell, records: dict[tuple[float, int], Record], unavailable: str | None) -> Row:
     """Condense the runs of a cell."""
-    best = best_rate(records)
+    best = best_rate(study, cell, records)
     if best is None:
         errors = [record["error"] for record in records.values() if record.get("error")]
         if unavailable:
@@ -153,7 +190,8 @@ def summarize(study: Study, cell: Cell, records: dict[tuple[float, int], Record]
         return Row(cell.task, cell.optimizer, note)
     at_best = [record for (lr, _), record in sorted(records.items()) if lr == best and record.get("test")]
     first = records[best, 0]
-    losses = validation_losses(records)
+    losses = validation_losses(study, cell, records)
+    tests = _mean_losses(records, "test", _search_seeds(study, cell))
     notes = []
     if study.lr_factor and best in (min(losses), max(losses)):
         notes.append("best rate at the edge of those tried")
@@ -166,9 +204,12 @@ def summarize(study: Study, cell: Cell, records: dict[tuple[float, int], Record]
         "; ".join(notes),
         best,
         losses,
+        tests,
+        interpolate(losses, tests),
         tuple(record["test"]["loss"] for record in at_best),
         tuple(record["test"]["accuracy"] for record in at_best),
         first["state_bytes"] / first["num_params"],
+        first["weight_bytes"] / first["num_params"],
         statistics.median(record["step_ms"] for record in at_best),
         first,
         tuple(at_best),

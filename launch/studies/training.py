@@ -22,11 +22,10 @@ from .optimizers import build_optimizer, package_version, state_bytes
 from .tasks import Problem
 
 _CURVE_POINTS = 100
-_WARMUP_FRACTION = 0.05
 
 
 def train(run: Run, task: Task, entry: OptimizerEntry, folder: Path) -> dict[str, Any]:
-    """Train once; the learning rate rises for 5 % of the steps and then follows a cosine to 0.
+    """Train once; the learning rate rises linearly and then follows a cosine to 0.
 
     Returns:
         The record of the run: settings, losses over time, validation and test loss at the end (None where the training
@@ -35,9 +34,9 @@ def train(run: Run, task: Task, entry: OptimizerEntry, folder: Path) -> dict[str
     start = time.perf_counter()
     torch.manual_seed(run.seed)
     problem = Problem(task, folder)
-    model = problem.make_model()
+    model = problem.make_model().to({"fp32": torch.float32, "bf16": torch.bfloat16}[entry.weights])
     optimizer = build_optimizer(entry.type, list(model.named_parameters()), run.lr, entry.settings)
-    schedule = get_scheduler("cosine", optimizer, round(_WARMUP_FRACTION * task.steps), task.steps)
+    schedule = get_scheduler("cosine", optimizer, round(entry.warmup * task.steps), task.steps)
     interval = -(-task.steps // _CURVE_POINTS)
     curve, validation, trace, recent, step_seconds = [], [], [], [], []
     diverged = False
@@ -62,10 +61,11 @@ def train(run: Run, task: Task, entry: OptimizerEntry, folder: Path) -> dict[str
     record = {
         **run._asdict(),
         "task_settings": task.model_dump(),
-        "optimizer_settings": {"type": entry.type, **entry.settings},
+        "optimizer_settings": entry.model_dump(exclude={"lr"}),
         "package": package_version(entry.type),
         "torch": f"torch {torch.__version__}",
         "num_params": sum(param.numel() for param in model.parameters()),
+        "weight_bytes": sum(param.nbytes for param in model.parameters()),
         "state_bytes": state_bytes(optimizer),
         "train_curve": curve,
         "validation_curve": validation,

@@ -30,6 +30,21 @@ class Exchange(str, Enum):
     newest = "newest"
 
 
+class Correction(str, Enum):
+    """What MicroAdam's moments are corrected by."""
+
+    window = "window"
+    steps = "steps"
+
+
+class Rounding(str, Enum):
+    """How MicroAdam rounds new weights to their dtype."""
+
+    auto = "auto"
+    nearest = "nearest"
+    stochastic = "stochastic"
+
+
 class Dtype(str, Enum):
     """Precision of weights and arithmetic."""
 
@@ -68,7 +83,10 @@ class Options:
         OptimizerName | None,
         _optimizer(help="Default: the DeepSpeed JSON's, else microadam."),
     ] = None
-    lr: Annotated[float | None, _optimizer(help="Peak learning rate. Default 2e-5.")] = None
+    lr: Annotated[
+        float | None,
+        _optimizer(help="Peak learning rate. Default 6e-5, with AdamW 2e-5: MicroAdam wants three times AdamW's."),
+    ] = None
     weight_decay: Annotated[float | None, _optimizer(help="Decoupled. Default 0.")] = None
     betas: Annotated[tuple[float, float] | None, _optimizer(help="Default 0.9 0.999.")] = None
     eps: Annotated[float | None, _optimizer(help="Default 1e-8.")] = None
@@ -79,13 +97,26 @@ class Options:
     packed_window: Annotated[
         bool | None, _optimizer("--packed-window", help="MicroAdam: a window in 12-bit indices and 8-bit values.")
     ] = None
+    ef_bits: Annotated[int | None, _optimizer(help="MicroAdam: bits of the error feedback, 0 is off. Default 4.")] = (
+        None
+    )
+    correction: Annotated[
+        Correction | None,
+        _optimizer(
+            help="MicroAdam: of the moments, by what the window weighs or by the number of steps, as the paper."
+        ),
+    ] = None
+    rounding: Annotated[
+        Rounding | None,
+        _optimizer(help="MicroAdam: of new weights. Default auto: stochastic where bf16 weights have no fp32 copy."),
+    ] = None
     shard_state: Annotated[
         Exchange | None,
         _optimizer(help="MicroAdam under DDP: share the state among the ranks, and what they exchange after the step."),
     ] = None
     clip: Annotated[float | None, _optimizer(help="Global gradient norm, 0 is off. Default 1.")] = None
     schedule: Annotated[str, _optimizer(help="A transformers scheduler name.")] = "cosine"
-    warmup: Annotated[float, _optimizer(min=0, help="Warm-up steps, or below 1 a fraction of the run.")] = 0.03
+    warmup: Annotated[float, _optimizer(min=0, help="Warm-up steps, or below 1 a fraction of the run.")] = 0.1
     deepspeed: Annotated[
         Path | None,
         _run(
@@ -135,15 +166,16 @@ class Options:
     @property
     def microadam_settings(self) -> dict[str, Any]:
         """The MicroAdam-only settings that were given."""
-        names = ("window_size", "density", "block_size", "bucket_size", "packed_window", "metrics_every")
-        settings = {name: value for name in names if (value := getattr(self, name)) is not None}
+        names = "window_size density block_size bucket_size packed_window ef_bits correction rounding metrics_every"
+        given = {name: value for name in names.split() if (value := getattr(self, name)) is not None}
+        settings = {name: value.value if isinstance(value, Enum) else value for name, value in given.items()}
         if self.shard_state is not None:
             settings |= {"shard_state": True, "weight_exchange": self.shard_state.value}
         return settings
 
 
 DEFAULTS: dict[str, Any] = {
-    "lr": 2e-5,
+    "lr": 6e-5,  # three times ADAMW_LR
     "weight_decay": 0.0,
     "betas": (0.9, 0.999),
     "eps": 1e-8,
@@ -151,6 +183,8 @@ DEFAULTS: dict[str, Any] = {
     "grad_accum": 1,
     "clip": 1.0,
 }
+
+ADAMW_LR = 2e-5
 
 _JSON_KEYS = {
     "lr": ("optimizer", "params", "lr"),
@@ -184,8 +218,10 @@ def resolve(options: Options) -> tuple[Options, dict[str, Any] | None]:
         _merge_optimizer(options, optimizer)
     if values.get("optimizer") is OptimizerName.adamw:
         _refuse_microadam_settings(options, "--optimizer adamw")
+    kind = values["optimizer"].value if optimizer is None else str(optimizer.get("type"))
+    defaults = DEFAULTS if kind.lower() == "microadam" else DEFAULTS | {"lr": ADAMW_LR}
     for name, keys in _JSON_KEYS.items():
-        values[name] = _merge(options, config, name, keys)
+        values[name] = _merge(options, config, defaults, name, keys)
     return dataclasses.replace(options, **values), config
 
 
@@ -278,7 +314,7 @@ def _merge_optimizer(options: Options, optimizer: dict[str, Any]) -> None:
             "drop the option or use another JSON"
         )
     params = optimizer.setdefault("params", {})
-    if kind != "MicroAdam":
+    if kind.lower() != "microadam":
         return _refuse_microadam_settings(options, f'"type": "{kind}" in {options.deepspeed}')
     for name, value in options.microadam_settings.items():
         if params.setdefault(name, value) != value:
@@ -290,10 +326,12 @@ def _refuse_microadam_settings(options: Options, reason: str) -> None:
         raise UserError(f"{_flag(name)} is a setting of MicroAdam, but the optimizer is not: {reason}")
 
 
-def _merge(options: Options, config: dict[str, Any] | None, name: str, keys: tuple[str, ...]) -> Any:
+def _merge(
+    options: Options, config: dict[str, Any] | None, defaults: dict[str, Any], name: str, keys: tuple[str, ...]
+) -> Any:
     """Value of one option: the JSON's unless "auto" or absent, the option's, the default; written into the JSON."""
     given = getattr(options, name)
-    value = DEFAULTS[name] if given is None else given
+    value = defaults[name] if given is None else given
     if config is None or (keys[0] == "optimizer" and "optimizer" not in config):
         return value
     *parents, key = keys

@@ -22,7 +22,11 @@ class BiasFactors(NamedTuple):
     """Factors that depend on the number of the step, in float64.
 
     Attributes:
-        m_factor, v_factor: (1 - b1) / (1 - b1^t) and the same with b2 (window sums to bias-corrected moments).
+        m_factor, v_factor: (1 - b1) / (1 - b1^n) and the same with b2 (window sums to moments). By ``correction``,
+            n is the number of slots in the window, min(t, window_size): the factors divide by what the slots weigh
+            together, and a coordinate with a steady gradient moves by lr. Or n is t, as in the paper: with window 1
+            that coordinate moves by lr * (1 - b1) / (1 - b1^t) * sqrt((1 - b2^t) / (1 - b2)), with the default betas
+            lr / 2 at t = 10, lr at 100, 2.5 lr at 1000 and 3.2 lr in the end.
         m_correction, v_correction: 1 / (1 - b1^t) and the same with b2 (dense path).
     """
 
@@ -32,11 +36,12 @@ class BiasFactors(NamedTuple):
     v_correction: float
 
     @classmethod
-    def at(cls, step: int, betas: tuple[float, float]) -> BiasFactors:
+    def at(cls, step: int, config: MicroAdamConfig) -> BiasFactors:
         """Of the update that follows ``step`` finished ones, t = step + 1."""
-        beta1, beta2 = betas
-        m, v = 1 - beta1 ** (step + 1), 1 - beta2 ** (step + 1)
-        return cls((1 - beta1) / m, (1 - beta2) / v, 1 / m, 1 / v)
+        beta1, beta2 = config.betas
+        t = step + 1
+        n = min(t, config.window_size) if config.correction == "window" else t
+        return cls((1 - beta1) / (1 - beta1**n), (1 - beta2) / (1 - beta2**n), 1 / (1 - beta1**t), 1 / (1 - beta2**t))
 
 
 @dataclass(frozen=True)
@@ -82,5 +87,5 @@ class StepScalars:
             one_minus_beta2=f32(1 - beta2),
             m_weights=tuple(f32(beta1**age) for age in ages),
             v_weights=tuple(f32(beta2**age) for age in ages),
-            **{name: f32(factor) for name, factor in BiasFactors.at(step, config.betas)._asdict().items()},
+            **{name: f32(factor) for name, factor in BiasFactors.at(step, config)._asdict().items()},
         )

@@ -187,7 +187,7 @@ def step_factors(config: MicroAdamConfig, device: torch.device) -> Tensor:
     """
     # From where 1 - beta^t is 1 in float64 nothing changes any more.
     num_steps = max(1 if beta == 0 else math.ceil(-54 * math.log(2) / math.log(beta)) for beta in config.betas)
-    rows = [BiasFactors.at(step, config.betas) for step in range(num_steps)]
+    rows = [BiasFactors.at(step, config) for step in range(num_steps)]
     return torch.tensor(rows, dtype=torch.float64).float().to(device)
 
 

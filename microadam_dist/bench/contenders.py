@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -137,9 +137,7 @@ def _not_asked_for(*_: Any, **__: Any) -> Optimizer:
 
 def _microadam(tensors: Tensors, config: MicroAdamConfig, backend: str, isa: str | None) -> MicroAdam:
     with _environment("MICROADAM_CPU_ISA", isa):
-        return MicroAdam(
-            tensors.params, lr=config.lr, weight_decay=config.weight_decay, backend=backend, **config.structural
-        )
+        return MicroAdam(tensors.params, backend=backend, **asdict(config))
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from ..config import MicroAdamConfig
+from ..config import ROUNDINGS, MicroAdamConfig
 from ..errors import ConfigError
 from ..planner.shapes import BUILT_IN_NAMES, LLAMAS
 
@@ -19,7 +19,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _NUMEL = re.compile(r"(?:(\d+)x)?(\d+)([KMG]?)", re.IGNORECASE)
-_SETTING = re.compile(r"(\d+)/(\d+(?:\.\d+)?)%(/packed)?")
+_SETTING = re.compile(rf"(\d+)/(\d+(?:\.\d+)?)%(/packed)?(?:/({'|'.join(ROUNDINGS)}))?")
 
 
 @dataclass(frozen=True)
@@ -75,17 +75,24 @@ def parse_dtype(text: str) -> torch.dtype:
 
 
 def parse_setting(text: str, weight_decay: float) -> MicroAdamConfig:
-    """``"10/1%"`` is window_size 10, density 0.01; ``"10/1%/packed"`` with a packed window.
+    """``"10/1%"`` is window_size 10, density 0.01; ``"10/1%/packed/nearest"`` with a packed window, rounded to nearest.
 
     Raises:
         ConfigError: The text is something else, or a value is outside its range.
     """
     match = _SETTING.fullmatch(text)
     if not match:
-        raise ConfigError(f"setting {text!r}: expected window_size/density such as 10/1% or 10/1%/packed.")
-    density = float(Fraction(match[2]) / 100)
-    window_size, packed = int(match[1]), bool(match[3])
-    return MicroAdamConfig(window_size=window_size, density=density, weight_decay=weight_decay, packed_window=packed)
+        raise ConfigError(
+            f"setting {text!r}: expected window_size/density such as 10/1%, and then /packed or one of "
+            f"{', '.join('/' + name for name in ROUNDINGS)} if wanted."
+        )
+    return MicroAdamConfig(
+        window_size=int(match[1]),
+        density=float(Fraction(match[2]) / 100),
+        packed_window=bool(match[3]),
+        rounding=match[4] or "auto",
+        weight_decay=weight_decay,
+    )
 
 
 class Tensors:

@@ -102,7 +102,9 @@ def _find_handle(param: Tensor) -> tuple[Any, int] | None:
 def _index_modules() -> None:
     fsdp = sys.modules["torch.distributed.fsdp"].FullyShardedDataParallel
     _handles.clear()
-    for module in [o for o in gc.get_objects() if issubclass(type(o), fsdp)]:
+    objects = gc.get_objects()  # half a million, of a few thousand types
+    types = {t for t in set(map(type, objects)) if issubclass(t, fsdp)}
+    for module in [o for o in objects if type(o) in types]:
         handle = module._handle
         if handle is not None and handle.flat_param._params is not None:
             reference = weakref.ref(handle)

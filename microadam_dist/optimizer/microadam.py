@@ -37,7 +37,8 @@ class MicroAdam(Optimizer):
     Args:
         params: Parameters, named parameters or param groups; fp32, bf16 or fp16, frozen ones of any dtype. The settings
             up to ``seed`` may be given per group.
-        lr, betas, eps, weight_decay: As in `torch.optim.AdamW`; start at 2 to 4 times its best learning rate.
+        lr, betas, eps, weight_decay: As in `torch.optim.AdamW`; start at 3 times its best learning rate, with a warmup
+            over the first tenth of the run.
         window_size: Number of sparse gradients kept (``m`` in the paper). 1 stores no window at all.
         density: Fraction of each block kept by Top-K (``k_init``).
         block_size: Longest Top-K block.
@@ -45,6 +46,8 @@ class MicroAdam(Optimizer):
         ef_bits: Bits of one error-feedback code: 0 (off), 2, 4 or 8.
         packed_window: Store the window in 12-bit indices and 8-bit values: 0.82 instead of 0.96 bytes of state a
             parameter at window 10, density 0.01. What 8 bits leave stays in the error feedback.
+        correction: What the sums over the window are divided by to become moments: ``"window"``, what the slots in it
+            weigh, so that a steady coordinate moves by ``lr`` at any time; ``"steps"``, the paper's 1 - beta^t.
         rounding: Of the new weights to their dtype: ``"nearest"``, ``"stochastic"`` (for bf16, where an update of less
             than half a bf16 step would be lost), or ``"auto"``, stochastic where bf16 weights are stepped. The noise is
             a function of seed, step and position, so the bits are the same on any ranks and after a resume.
@@ -84,6 +87,7 @@ class MicroAdam(Optimizer):
         bucket_size: int = 64,
         ef_bits: int = 4,
         packed_window: bool = False,
+        correction: str = "window",
         rounding: str = "auto",
         seed: int = 0,
         backend: str = "auto",
@@ -128,8 +132,8 @@ class MicroAdam(Optimizer):
 
     @staticmethod
     def paper_defaults() -> dict[str, Any]:
-        """The window and density of the paper: ``MicroAdam(params, lr, **MicroAdam.paper_defaults())``."""
-        return {"window_size": 10, "density": 0.01}
+        """Window, density and correction of the paper: ``MicroAdam(params, lr, **MicroAdam.paper_defaults())``."""
+        return {"window_size": 10, "density": 0.01, "correction": "steps"}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its own settings override the defaults.

@@ -112,6 +112,9 @@ def test_sizes() -> None:
     assert (config.window_size, config.density, config.weight_decay) == (10, 0.005, 0.1)
     assert not config.packed_window
     assert parse_setting("10/1%/packed", weight_decay=0.0).packed_window
+    nearest = parse_setting("10/1%/packed/nearest", weight_decay=0.0)
+    assert nearest.packed_window and nearest.rounding == "nearest"
+    assert parse_setting("1/10%/stochastic", weight_decay=0.0).rounding == "stochastic"
     for wrong in ("0x4096", "4097", "M", "-4096", "1.5M"):
         with pytest.raises(ConfigError, match="multiple of 4096"):
             parse_numel(wrong)

@@ -72,10 +72,10 @@ def fine_tune(model: Any, make_optimizer: Callable[[list[tuple[str, Tensor]]], O
 
 
 def _train(optimizer: Optimizer, batches: Tensor, loss: Callable[[Tensor], Tensor]) -> None:
-    """One step per batch; the learning rate rises for 5 % of them and then follows a cosine to 0."""
+    """One step per batch; the learning rate rises for a tenth of them and then follows a cosine to 0."""
     from transformers import get_cosine_schedule_with_warmup
 
-    schedule = get_cosine_schedule_with_warmup(optimizer, len(batches) // 20, len(batches))
+    schedule = get_cosine_schedule_with_warmup(optimizer, len(batches) // 10, len(batches))
     for batch in batches:
         optimizer.zero_grad()
         loss(batch).backward()

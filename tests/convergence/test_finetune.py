@@ -2,20 +2,20 @@
 
 MicroAdam is chaotic: a run ends elsewhere on every CPU. But two settings with the same batches part late, and the
 difference between them varies less than either, so what is compared is the mean of 8 differences. Where only one side
-is a fault, the test has only that side. Measured in 20 repetitions, each with seeds of its own, with two instruction
-sets of torch, two of MKL, 1 and 2 threads (nats per byte):
+is a fault, the test has only that side. Measured in 13 repetitions, each with seeds of its own, with two instruction
+sets of torch and two of MKL (nats per byte):
 
 | difference                        | mean    | standard deviation | highest | limit  | deviations away |
 |-----------------------------------|---------|--------------------|---------|--------|-----------------|
-| default - AdamW                   | -0.0229 | 0.0055             | -0.0115 | 0.01   | 6.0             |
-| window 2 - AdamW                  | -0.0209 | 0.0061             | -0.0090 | 0.01   | 5.1             |
-| default - no error feedback       | -0.0440 | 0.0030             | -0.0402 | -0.02  | 8.0             |
-| window 2 - no error feedback      | -0.0372 | 0.0025             | -0.0309 | -0.02  | 6.9             |
-| packed - not packed, window 10    | -0.0001 | 0.0005             | 0.0007  | 0.005  | 10              |
-| packed - not packed, window 2     | 0.0000  | 0.0003             | 0.0005  | 0.005  | 17              |
-| 4 bits - 8 bits, window 2         | 0.0005  | 0.0003             | 0.0008  | 0.005  | 15              |
+| default - AdamW                   | -0.0140 | 0.0039             | -0.0087 | 0.01   | 6.2             |
+| window 2 - AdamW                  | -0.0104 | 0.0039             | -0.0051 | 0.01   | 5.3             |
+| default - no error feedback       | -0.0386 | 0.0028             | -0.0334 | -0.02  | 6.6             |
+| window 2 - no error feedback      | -0.0312 | 0.0020             | -0.0271 | -0.02  | 5.5             |
+| packed - not packed, window 10    | 0.0003  | 0.0006             | 0.0014  | 0.005  | 8.6             |
+| packed - not packed, window 2     | 0.0001  | 0.0006             | 0.0011  | 0.005  | 7.9             |
+| 4 bits - 8 bits, window 2         | 0.0001  | 0.0004             | 0.0011  | 0.005  | 12              |
 
-At 5 deviations a normal variable is wrong once in 3 million times, one with the heavy tails of 20 samples once in 20
+At 5 deviations a normal variable is wrong once in 3 million times, one with the heavy tails of 13 samples once in 6
 thousand; with the seeds fixed, as they are here, CPUs alone make a deviation of 0.0003 to 0.0008.
 
 They fail where the kernel has no error feedback, does not square values for v, keeps old values in the window, or
@@ -38,7 +38,7 @@ from .finetuning import fine_tune, pretrained
 
 pytestmark = pytest.mark.slow
 
-DEFAULT = {"lr": 8e-3}
+DEFAULT = {"lr": 6e-3}
 WINDOW_2 = {"lr": 4e-3, "density": 0.05, "window_size": 2}
 PAPER = {"lr": 2e-3, **MicroAdam.paper_defaults()}
 AS_GOOD, NO_WORSE = 0.01, 0.005  # nats per byte
@@ -69,7 +69,7 @@ def difference() -> Difference:
 ADAMW = {"optimizer": torch.optim.AdamW, "lr": 2e-3}  # 1e-3 and 4e-3 are worse
 
 
-@pytest.mark.parametrize("settings", [DEFAULT, {**WINDOW_2, "lr": 8e-3}], ids=["default", "window 2"])
+@pytest.mark.parametrize("settings", [DEFAULT, {**WINDOW_2, "lr": 6e-3}], ids=["default", "window 2"])
 def test_as_good_as_adamw(difference: Difference, settings: dict[str, Any]) -> None:
     assert difference(settings, ADAMW) < AS_GOOD
 

@@ -32,7 +32,7 @@ from tests.deepspeed.engines import (
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.deepspeed
-SAVED_AT, END = 7, 20
+SAVED_AT, END = 7, 12
 
 
 def new_engine(stage: int, dtype: torch.dtype, **extra: Any) -> Any:

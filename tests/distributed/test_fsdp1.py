@@ -37,7 +37,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled", 
 
 FP32, BF16 = torch.float32, torch.bfloat16
 MIXED = MixedPrecision(param_dtype=BF16, reduce_dtype=FP32)
-SAVED_AT, END = 15, 25
+SAVED_AT, END = 6, 9  # the window has 4 slots
 STEPS = 8  # why so few, and the distance of the losses: see tests/deepspeed/test_elastic_loss.py
 Everything = tuple[dict[tuple[str, int, int], dict[str, Tensor]], dict[tuple[str, str, int], float]]
 
@@ -108,8 +108,9 @@ def assert_uncut_equal(got: list[Everything], expected: Everything) -> None:
 
 
 def gather(mine: Everything) -> list[Everything]:
+    """On rank 0."""
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
+    dist.gather_object(mine, everyone if dist.get_rank() == 0 else None)
     return everyone
 
 
@@ -131,7 +132,9 @@ def _train_and_save(rank: int, world_size: int, folder: Path) -> None:
             continue
         model, optimizer = make(mode)
         run(model, optimizer, mode, range(SAVED_AT))
-        assert_uncut_equal(gather(everything(optimizer)), plain(mode, SAVED_AT))
+        everyone = gather(everything(optimizer))
+        if rank == 0:
+            assert_uncut_equal(everyone, plain(mode, SAVED_AT))
         save_sharded(optimizer, folder / mode)
         weights = [p.detach().clone() for p in model.parameters()]
         run(model, optimizer, mode, range(SAVED_AT, END))

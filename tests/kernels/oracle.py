@@ -169,8 +169,8 @@ class ScalarMicroAdam:
         if s.ef_bits:
             block.codes, block.lo, block.hi = encode(a, s.bucket_size, 2**s.ef_bits - 1)
 
-        c1 = F32((1 - s.betas[0]) / (1 - s.betas[0] ** (step + 1)))
-        c2 = F32((1 - s.betas[1]) / (1 - s.betas[1] ** (step + 1)))
+        count = min(step + 1, s.window_size) if s.correction == "window" else step + 1
+        c1, c2 = (F32((1 - beta) / (1 - beta**count)) for beta in s.betas)
         moments: dict[int, tuple[np.float32, np.float32]] = {}
         for age in range(min(step + 1, s.window_size) - 1, -1, -1):
             w1, w2 = F32(s.betas[0] ** age), F32(s.betas[1] ** age)

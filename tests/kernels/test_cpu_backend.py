@@ -71,6 +71,7 @@ def cases(draw: st.DrawFn) -> Case:
             "block_size": draw(st.sampled_from([64, 200, 1000, 4096])),
             "bucket_size": draw(st.sampled_from([6, 16, 64, 96, 128, 4096])),
             "weight_decay": draw(st.sampled_from([0.0, 0.01, 3.0])),
+            "correction": draw(st.sampled_from(["window", "steps"])),
             "rounding": draw(st.sampled_from(["auto", "nearest"])),
             "seed": draw(st.sampled_from([0, 1, 2**32 - 1])),
             "betas": (draw(st.sampled_from([0.0, 0.9])), draw(st.sampled_from([0.9, 0.999]))),
@@ -94,7 +95,10 @@ def test_bit_identical_to_the_reference_with_any_settings(case: Case) -> None:
     ("shape", "decay"),
     [
         ((2**16,), 0.21),
-        *(((64, 2**10), x) for x in (1e-6, 2.0**-13, 1.01 * 2.0**-13, 2.0**-10, 1.01 * 2.0**-10, 2.0**-9, 0.21, 1.5)),
+        *(
+            ((64, 2**10), x)
+            for x in (1e-6, 2e-5, 2.0**-13, 1.01 * 2.0**-13, 2.0**-10, 1.01 * 2.0**-10, 2.0**-9, 0.21, 1.5)
+        ),
     ],
     ids=str,
 )

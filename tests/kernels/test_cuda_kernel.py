@@ -78,9 +78,10 @@ def test_scalars_computed_on_the_device(lr_dtype: torch.dtype | None, param_dtyp
     assert_same_with_numbers_on_the_device(HarnessBackend(), lr_dtype, param_dtype=param_dtype)
 
 
+@pytest.mark.parametrize("correction", ["window", "steps"])
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.95), (0.0, 0.0)])
-def test_step_factors_hold_for_ever(betas: tuple[float, float]) -> None:
-    config = MicroAdamConfig(betas=betas)
+def test_step_factors_hold_for_ever(betas: tuple[float, float], correction: str) -> None:
+    config = MicroAdamConfig(betas=betas, correction=correction, window_size=3)
     factors = step_factors(config, torch.device("cpu"))
     last = len(factors) - 1
     for step in (0, 1, 9, last // 2, last, last + 1, 10 * last + 1000):

@@ -44,6 +44,7 @@ BAD_VALUES: dict[str, tuple[str, list[Any]]] = {
     "window_size": (r"an integer >= 1", [*BAD_INTEGERS, 0, -1]),
     "block_size": (r"a multiple of 8 in 64\.\.32768", [*BAD_INTEGERS, 0, 56, 63, 100, 32769, 32776, -64]),
     "bucket_size": (r"an even integer >= 2", [*BAD_INTEGERS, 0, 1, 63, -2]),
+    "correction": ("'window', 'steps'", [None, "", "t", "Window", True, 1, ["steps"], np.ones(2)]),
     "rounding": ("'auto', 'nearest', 'stochastic'", [None, "", "up", "Nearest", True, 0, ["nearest"], np.ones(2)]),
     "seed": (r"an integer in 0\.\.2\*\*32 - 1", [*BAD_INTEGERS, -1, 2**32]),
     "ef_bits": (r"one of \(0, 2, 4, 8\)", [*BAD_INTEGERS, 1, 3, 16, -4]),
@@ -311,7 +312,7 @@ def test_backend_is_not_a_group_setting() -> None:
 def test_group_overrides_the_defaults() -> None:
     own = {"lr": 0.5, "betas": (0.5, 0.75), "eps": 1e-6, "weight_decay": 0.25, "window_size": 3}
     own |= {"density": 0.5, "block_size": 64, "bucket_size": 32, "ef_bits": 2, "packed_window": True}
-    own |= {"rounding": "nearest", "seed": 3}
+    own |= {"correction": "window", "rounding": "nearest", "seed": 3}
     optimizer = MicroAdam([{"params": [make_param()], **own}, {"params": [make_param()]}], backend="reference")
     assert {name: optimizer.param_groups[0][name] for name in SETTING_NAMES} == own
     assert MicroAdamConfig.from_dict(optimizer.param_groups[1]) == MicroAdamConfig()
@@ -337,7 +338,8 @@ def test_a_window_that_cannot_be_packed(settings: dict[str, Any], expected: str)
 
 def test_paper_defaults() -> None:
     optimizer = MicroAdam([make_param()], **MicroAdam.paper_defaults())
-    paper = MicroAdamConfig(window_size=10, density=0.01, block_size=4096, bucket_size=64, ef_bits=4)
+    sizes = {"block_size": 4096, "bucket_size": 64, "ef_bits": 4}
+    paper = MicroAdamConfig(window_size=10, density=0.01, correction="steps", **sizes)
     assert MicroAdamConfig.from_dict(optimizer.param_groups[0]) == paper
 
 
