@@ -147,7 +147,7 @@ def counted_collectives() -> Iterator[list[int]]:
         del backend.all_gather_into_tensor
 
 
-NUM_STEPS = 200
+WARM_UP, NUM_STEPS = 15, 40  # the window of 10 is full before the bytes are counted
 CASES = [
     (stage, dtype, weight_decay)
     for (stage, dtype), weight_decay in itertools.product(((1, "float32"), (2, "bfloat16")), (0.0, 0.1))
@@ -172,15 +172,15 @@ def _train(rank: int, world_size: int, cases: list[tuple[int, str, float]]) -> l
         exchanged = base_optimizer(engine).exchanged_bytes
         tapped = before = 0
         for index, batch in enumerate(itertools.islice(batches(rank, dtype), NUM_STEPS)):
-            if index == 20:  # the window has been full for a while
+            if index == WARM_UP:
                 before = exchanged.sent
             with counted_collectives() as sent:
                 step(engine, batch)
-            tapped += sent[0] if index >= 20 else 0
+            tapped += sent[0] if index >= WARM_UP else 0
             assert_gathered(engine)
         assert exchanged.sent - before == tapped
         assert exchanged.dense == NUM_STEPS * numel // world_size * dtype.itemsize
-        results.append(tapped * world_size / numel / (NUM_STEPS - 20))
+        results.append(tapped * world_size / numel / (NUM_STEPS - WARM_UP))
         engine.destroy()
     return results
 
