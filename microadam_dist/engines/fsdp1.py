@@ -102,8 +102,13 @@ def _find_handle(param: Tensor) -> tuple[Any, int] | None:
 def _index_modules() -> None:
     fsdp = sys.modules["torch.distributed.fsdp"].FullyShardedDataParallel
     _handles.clear()
-    for module in [o for o in gc.get_objects() if issubclass(type(o), fsdp)]:
+    classes = _with_subclasses(fsdp)  # by identity: issubclass takes long for all the objects of a process
+    for module in [o for o in gc.get_objects() if id(type(o)) in classes]:
         handle = module._handle
         if handle is not None and handle.flat_param._params is not None:
             reference = weakref.ref(handle)
             _handles.update({id(param): (reference, i) for i, param in enumerate(handle.flat_param._params)})
+
+
+def _with_subclasses(cls: type) -> set[int]:
+    return {id(cls)}.union(*map(_with_subclasses, cls.__subclasses__()))
