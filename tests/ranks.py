@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import multiprocessing
 import os
@@ -16,14 +17,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Imported once by the fork server, so that starting a rank takes a fraction of a second. ZeRO imports the last one when
-# it is configured, and torch's compiler with it: 4 seconds.
+# Imported once by the fork server, so that starting a rank takes a fraction of a second. ZeRO imports muon_optimizer
+# when it is configured, and torch's compiler with it: 4 seconds. Runs of train.py import what follows it: 4 more.
 _PRELOAD = [
     "torch",
     "torch.distributed.checkpoint",
     "deepspeed",
     "microadam_dist",
     "deepspeed.runtime.zero.muon.muon_optimizer",
+    "transformers.trainer",
+    "transformers.models.llama.modeling_llama",
+    "torch.utils.tensorboard",
 ]
 _TIMEOUT_SECONDS = 240
 # "cuda": all ranks share one GPU, over NCCL; see tests/gpu/test_nccl.py.
@@ -112,6 +116,7 @@ def _rank_main(
 ) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size))
     torch.set_num_threads(1)
+    gc.freeze()  # the hundreds of thousands of objects of what is imported: no collection need look at them
     try:
         backend = _share_gpu(rank) if DEVICE == "cuda" else "gloo"
         dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world_size)

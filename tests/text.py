@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ GLOBAL_BATCH, SEQ_LEN = 4, 128
 _HELD_OUT_BYTES = 20_000
 
 
+@functools.cache
 def text() -> Tensor:
     """Bytes of the English texts of `help()`."""
     from pydoc_data.topics import topics
