@@ -137,6 +137,11 @@ class SavedState:
                 for layout, sources in zip(layouts, needed, strict=True)
             ]
 
+    def others(self, layouts: Sequence[StateLayout]) -> list[str]:
+        """Names of the parameters that have state in the folder and are in none of these layouts."""
+        asked_for = {span.fqn for layout in self._renamed(layouts) for span in layout.spans}
+        return sorted(self._intervals.keys() - asked_for)
+
     def _renamed(self, layouts: Sequence[StateLayout]) -> Sequence[StateLayout]:
         """The same layouts with the names that the parameters have in the file."""
         spans, saved = [span for layout in layouts for span in layout.spans], list(self._parameters)

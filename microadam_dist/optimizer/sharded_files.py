@@ -6,6 +6,7 @@ load_sharded(optimizer, "checkpoint/optimizer")   # on as many ranks, or more, o
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 from torch import Tensor
@@ -44,7 +45,8 @@ def load_sharded(optimizer: MicroAdam, folder: str | Path) -> None:
     Args:
         optimizer: With the same parameters by name. Learning rates and other settings are loaded if it has as many
             param groups.
-        folder: What was given to `save_sharded`.
+        folder: What was given to `save_sharded`. State there of parameters that the optimizer does not have is left
+            out, with a warning.
 
     Raises:
         CheckpointMismatchError: The folder is damaged or belongs to another model or other settings. Raised on every
@@ -52,8 +54,15 @@ def load_sharded(optimizer: MicroAdam, folder: str | Path) -> None:
     """
     with raise_together():
         saved = SavedState(folder)
-        _layouts(optimizer)
+        layouts = _layouts(optimizer)
         states = optimizer.sharded.fitting_shards(saved.states)
+        others = saved.others(list(layouts.values()))
+    if others:
+        warnings.warn(
+            f"{folder} also has the state of {len(others)} parameters that this optimizer does not have, such as "
+            f"{', '.join(others[:3])}: it is left out. Construct the optimizer with them to go on training them.",
+            stacklevel=2,
+        )
     optimizer.sharded.load_shards(states)
     if len(saved.param_groups) == len(optimizer.param_groups):  # otherwise their settings are the user's
         optimizer.sharded.load_group_settings(saved.param_groups)
