@@ -207,7 +207,7 @@ def read_metadata(folder: str | Path) -> Any:
     if not Path(folder, ".metadata").is_file():
         raise CheckpointMismatchError(
             f"{folder} is no folder that save_sharded or torch.distributed.checkpoint has written: it has no "
-            ".metadata. Check the path; if files were copied, this one was left out."
+            ".metadata. Check the path, or copy it again with all its files."
         )
     with _in_folder(folder):
         return FileSystemReader(folder).read_metadata()
