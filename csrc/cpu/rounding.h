@@ -13,8 +13,8 @@ inline bool rounds_away(const float*, float decay) { return decay == 1.f; }
 inline bool rounds_away(const Bf16*, float decay) { return decay <= 1.f && 1.f - decay <= 0x1p-10f; }
 inline bool rounds_away(const Fp16*, float decay) { return decay <= 1.f && 1.f - decay <= 0x1p-13f; }
 
-// At most what multiplying by `decay` takes off the bits of a weight. They count steps of at least 2**-24 times the weight
-// before it; one more is for the rounding, another one for that of this product.
+// At most what multiplying by `decay` takes off the bits of a weight. They count steps of at least 2**-24 times the
+// weight before it; one more is for the rounding, another one for that of this product.
 inline int32_t largest_loss(float decay) {
   const float loss = (1.f - decay) * 0x1.02p24f + 2.f;
   return loss < 0x1p16f ? static_cast<int32_t>(loss) : 0x10000;

@@ -127,7 +127,8 @@ inline Floats adam_update(const Moments* sums, const microadam_scalars& scalars)
 }
 
 // p = p * (1 - lr*wd);  p[touched] -= lr * (m / (eps + sqrt(v)))
-inline void update_weights(float* param, const Nearest& rounding, const Block& block, const Step& step, const Scratch& s) {
+inline void update_weights(float* param, const Nearest& rounding, const Block& block, const Step& step,
+                           const Scratch& s) {
   const microadam_scalars& scalars = *step.scalars;
   const auto [indices, count] = sum_entries(block, step, s);
   rounding.decay(param, block.numel, scalars.decay);

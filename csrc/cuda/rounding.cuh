@@ -1,5 +1,5 @@
-// Stochastic rounding of bf16 weights, see `microadam_dist/arithmetic/rounding.py`: noise is added to the fp32 bits, and
-// the lower half cut off.
+// Stochastic rounding of bf16 weights, see `microadam_dist/arithmetic/rounding.py`: noise is added to the fp32 bits,
+// and the lower half cut off.
 #pragma once
 
 #include "vectors.cuh"

@@ -114,6 +114,29 @@ def test_learning_rate_is_searched_until_the_best_lies_inside() -> None:
     assert [key for key in records if key[1]] == [(1.6e-2, 1), (1.6e-2, 2)]
 
 
+def test_every_rate_has_all_seeds_that_choose_it() -> None:
+    """The rate that is best with seed 0 alone is not the best one; the optimum lies between the rates tried."""
+    from studies.config import Study
+    from studies.runs import Cell, best_rate, interpolate, next_runs, validation_losses
+
+    task = {"kind": "digits", "model": "cnn", "steps": 1, "eval_every": 1}
+    entry = {"type": "adamw", "lr": [1.0, 2.0, 4.0]}
+    fields = {"title": "", "question": "", "tasks": {"task": task}, "optimizers": {"it": entry}}
+    study = Study.model_validate({**fields, "seeds": 3, "search_seeds": 2, "lr_factor": None})
+    cell, records = Cell("task", "it", ""), {}
+    losses = {1.0: (0.5, 3.5), 2.0: (1.0, 1.0), 4.0: (1.5, 1.5)}
+    for run in next_runs(study, cell, records):
+        records[run.lr, run.seed] = record(run.lr, run.seed, losses[run.lr][run.seed])
+    assert len(records) == 6 and best_rate(study, cell, records) == 2.0
+    assert [run.seed for run in next_runs(study, cell, records)] == [2]
+    means = validation_losses(study, cell, records)
+    assert means == {1.0: 2.0, 2.0: 1.0, 4.0: 1.5}
+    # Over x, the binary logarithm: 0.75 x^2 - 1.75 x + 2 goes through all three.
+    rate, loss = interpolate(means, means)
+    assert rate == pytest.approx(2 ** (1.75 / 1.5)) and loss == pytest.approx(2 - 1.75**2 / 3)
+    assert interpolate({1.0: 1.0, 2.0: 2.0}, {1.0: 1.0, 2.0: 2.0}) is None
+
+
 def test_splits_have_no_sequence_in_common(tmp_path: Path) -> None:
     import numpy as np
 

@@ -64,3 +64,26 @@ def test_a_mistake_is_one_line_and_no_trace(text: Path, tmp_path: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2
     assert "no such file or folder" in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "config_type", "lr"),
+    [(None, None, 6e-5), ("adamw", None, 2e-5), (None, "microadam", 6e-5), (None, "AdamW", 2e-5)],
+)
+def test_default_learning_rate_is_the_optimizers(
+    optimizer: str | None, config_type: str | None, lr: float, text: Path, tmp_path: Path
+) -> None:
+    from training.options import OptimizerName, Options, Rounding, resolve
+
+    given: dict[str, object] = {"optimizer": OptimizerName(optimizer) if optimizer else None}
+    if config_type:
+        params = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}
+        (tmp_path / "ds.json").write_text(json.dumps({"optimizer": {"type": config_type, "params": params}}))
+        given["deepspeed"] = tmp_path / "ds.json"
+    if config_type == "microadam":
+        given["rounding"] = Rounding.nearest
+    resolved, config = resolve(Options(**options(text, tmp_path), **given))
+    assert resolved.lr == lr and resolved.warmup == 0.1
+    if config is not None:
+        assert config["optimizer"]["params"]["lr"] == lr
+        assert config["optimizer"]["params"].get("rounding") == ("nearest" if config_type == "microadam" else None)

@@ -312,7 +312,7 @@ def test_backend_is_not_a_group_setting() -> None:
 def test_group_overrides_the_defaults() -> None:
     own = {"lr": 0.5, "betas": (0.5, 0.75), "eps": 1e-6, "weight_decay": 0.25, "window_size": 3}
     own |= {"density": 0.5, "block_size": 64, "bucket_size": 32, "ef_bits": 2, "packed_window": True}
-    own |= {"correction": "window", "rounding": "nearest", "seed": 3}
+    own |= {"correction": "steps", "rounding": "nearest", "seed": 3}
     optimizer = MicroAdam([{"params": [make_param()], **own}, {"params": [make_param()]}], backend="reference")
     assert {name: optimizer.param_groups[0][name] for name in SETTING_NAMES} == own
     assert MicroAdamConfig.from_dict(optimizer.param_groups[1]) == MicroAdamConfig()
