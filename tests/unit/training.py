@@ -10,6 +10,8 @@ from torch.optim.optimizer import ParamsT
 
 from microadam_dist import MicroAdam
 
+SHAPES = [(40, 136), (32, 16, 3, 3), (136,), (4, 8)]  # two on the Top-K path, two on the dense path
+
 
 def make_params(shapes: Iterable[tuple[int, ...]], dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
