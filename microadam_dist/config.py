@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -129,12 +130,20 @@ class MicroAdamConfig:
 
         The density is read as the decimal number the user wrote, so that 0.01 of 100 is 1 and not 2.
         """
-        return math.ceil(Fraction(str(self.density)) * numel)
+        return _num_kept(self.density, numel)
 
-    @property
+    def __hash__(self) -> int:
+        return hash((self.lr, self.window_size, self.density))  # to hash all settings takes longer than to compare them
+
+    @functools.cached_property
     def structural(self) -> dict[str, Any]:
         """The settings that decide shapes of state tensors."""
         return {name: getattr(self, name) for name in STRUCTURAL_SETTINGS}
+
+
+@functools.lru_cache(maxsize=1024)  # fractions are slow
+def _num_kept(density: float, numel: int) -> int:
+    return math.ceil(Fraction(str(density)) * numel)
 
 
 SETTING_NAMES = tuple(field.name for field in dataclasses.fields(MicroAdamConfig))
@@ -160,6 +169,8 @@ _ADAM_SETTINGS: dict[str, tuple[bool, str]] = {
     "momentum": (False, "the momentum is the first of the betas"),
     "dampening": (False, "the momentum is the first of the betas"),
 }
+
+READ_NAMES = (*SETTING_NAMES, *_ADAM_SETTINGS)  # all that `MicroAdamConfig.from_dict` looks at
 
 # Those that say how, not what an optimizer computes.
 _ADAM_IMPLEMENTATIONS = frozenset("torch_adam fused foreach set_grad_none fp32_optimizer_states".split())

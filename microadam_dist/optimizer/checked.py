@@ -1,15 +1,19 @@
-"""State that others put into ``optimizer.state``: whose it is, and whether it is still what was checked."""
+"""What others may change between steps, state and settings: whose it is, and whether it is still what was checked."""
 
 from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from itertools import repeat
 from typing import Any
 
 from torch import Tensor
 
 from ..arithmetic.state import OWN_NAMES
+from ..config import READ_NAMES, MicroAdamConfig
+from ..engines.base import Shard
+from ..layout import StateLayout
 
 
 def is_ours(state: Any) -> bool:
@@ -29,21 +33,61 @@ class CheckedState:
     nothing is recognised any more once one of them is gone. They are not kept alive.
 
     Args:
-        p: The parameter; they are recognised on this device only.
+        shard: The parameter; they are recognised on this device only.
+        layout: What they fit; of keys, beside ``step``. What has other keys is not looked at.
         state: Its state.
-        names: Keys of it beside ``step``; what has other keys is not looked at.
     """
 
-    def __init__(self, p: Tensor, state: Mapping[str, Tensor], names: Sequence[str]) -> None:
-        self._device = p.device
-        self._select = operator.itemgetter("step", "step", *names)  # twice: one key alone would not give a tuple
+    def __init__(self, shard: Shard, layout: StateLayout, state: Mapping[str, Tensor]) -> None:
+        self.shard, self.layout = shard, layout
+        self._device = shard.tensor.device
+        self._select = operator.itemgetter("step", "step", *layout.tensors)  # twice: one alone would not give a tuple
         tensors = self._select(state)
         self._ids = ids = list(map(id, tensors))
         self._alive = [weakref.ref(tensor, lambda _: ids.clear()) for tensor in tensors]
 
-    def is_in(self, p: Tensor, state: Mapping[str, Any]) -> bool:
+    def is_in(self, state: Any) -> bool:
         """Whether all of them are still there."""
         try:
-            return list(map(id, self._select(state))) == self._ids and p.device == self._device
-        except KeyError:
+            return list(map(id, self._select(state))) == self._ids and self.shard.tensor.device == self._device
+        except (KeyError, TypeError):  # no state, or none of ours
             return False
+
+
+class CheckedSettings:
+    """The settings of one param group, validated when one of them is another object than before.
+
+    What equals a valid setting may be none: True is no window size of 1. Nothing is recognised where a setting can
+    change in place (a list, a tensor).
+    """
+
+    def __init__(self) -> None:
+        self._known: tuple[list[int], tuple[Any, ...], MicroAdamConfig] | None = None
+
+    def __reduce__(self) -> tuple[type[CheckedSettings], tuple[()]]:
+        return CheckedSettings, ()  # ids mean nothing to a copy
+
+    def config(self, group: Mapping[str, Any]) -> MicroAdamConfig:
+        """The settings of ``group``.
+
+        Raises:
+            ConfigError: As `MicroAdamConfig.from_dict`.
+        """
+        values = tuple(map(group.get, READ_NAMES, repeat(_ABSENT)))
+        ids, known = list(map(id, values)), self._known
+        if known is not None and known[0] == ids:
+            return known[2]
+        config = MicroAdamConfig.from_dict(group)
+        if all(map(_stays, values)):
+            self._known = ids, values, config  # the values are kept: the ids are theirs as long as they live
+        return config
+
+
+_ABSENT = object()
+
+
+def _stays(value: Any) -> bool:
+    """Whether a setting cannot change but by another object in its place."""
+    if type(value) is tuple:
+        return all(map(_stays, value))
+    return value is None or value is _ABSENT or isinstance(value, (int, float, str))

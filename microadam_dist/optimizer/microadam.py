@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import warnings
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, overload
 
@@ -23,8 +22,9 @@ from ..engines.collectives import any_rank
 from ..engines.find import introduce
 from ..engines.row_exchange import make_exchange
 from ..errors import ConfigError, MicroAdamError
+from .checked import CheckedSettings
 from .nonfinite import NonfiniteCounter
-from .sharded_state import PARAM_DTYPES, ShardedState, StateBytes
+from .sharded_state import PARAM_DTYPES, Part, ShardedState, StateBytes
 
 
 class MicroAdam(Optimizer):
@@ -124,6 +124,7 @@ class MicroAdam(Optimizer):
         self.names = self.sharded.names
         self._meter = Meter(metrics_every) if metrics_every else None
         self._nonfinite = NonfiniteCounter()
+        self._settings: defaultdict[int, CheckedSettings] = defaultdict(CheckedSettings)  # by position of the group
         for group in self.param_groups:
             self._adopt(group)
         self._is_constructed = True
@@ -226,18 +227,19 @@ class MicroAdam(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        groups = [
-            (self._config(group), [p for p in group["params"] if p.grad is not None]) for group in self.param_groups
-        ]
-        if self._prepare(groups) and self._is_probe([p for _, members in groups for p in members]):
+        configs = list(map(self._config, range(len(self.param_groups))))
+        members = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        was_empty = self.sharded.is_empty
+        parts = self._prepare(list(zip(configs, members, strict=True)))
+        if was_empty and self._is_probe(list(chain.from_iterable(parts))):
             return loss
 
         # Both are set by GradScaler for this call only.
         from_scaler = (getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         skipped = []
-        for group, (config, members) in zip(self.param_groups, groups, strict=True):
+        for group, config, own in zip(self.param_groups, configs, parts, strict=True):
             inputs = _device_inputs(group, *from_scaler) if self.capturable else 1.0
-            skipped.append(self._step_group(members, config, inputs))
+            skipped.append(self._step_group(own, config, inputs))
         self._nonfinite.add(skipped)
         if self._meter is not None:
             self._meter.end_step(self)
@@ -257,96 +259,98 @@ class MicroAdam(Optimizer):
             UnsupportedLayoutError: As `step`.
             ConfigError: As `step`.
         """
-        group = self.param_groups[group_index]
-        config = self._config(group)
-        self._prepare([(config, [param])])
+        group, config = self.param_groups[group_index], self._config(group_index)
+        (parts,) = self._prepare([(config, [param])])
         inputs = _device_inputs(group, None, None) if self.capturable else 1.0
-        self._nonfinite.add([self._step_group([param], config, inputs)])
+        self._nonfinite.add([self._step_group(parts, config, inputs)])
 
-    def _config(self, group: Mapping[str, Any]) -> MicroAdamConfig:
+    def _config(self, group_index: int) -> MicroAdamConfig:
         """The settings of a group; a learning rate that is read on the device counts as 0."""
+        group: Mapping[str, Any] = self.param_groups[group_index]
         if self.capturable and isinstance(group["lr"], Tensor) and group["lr"].is_cuda:
             group = {**group, "lr": 0.0}
-        return MicroAdamConfig.from_dict(group)
+        return self._settings[group_index].config(group)
 
-    def _step_group(
-        self, members: Sequence[Tensor], config: MicroAdamConfig, inputs: float | DeviceInputs
-    ) -> int | Tensor:
+    def _step_group(self, parts: Sequence[Part], config: MicroAdamConfig, inputs: float | DeviceInputs) -> int | Tensor:
         """Step some tensors of a group with a factor on the gradients, or with what lies on the device."""
-        update = functools.partial(self._update, config=config, inputs=inputs)
         if self._exchange is None:
-            return update(members)
-        exchanged, own = [], []
-        for p in members:
-            shard = self.sharded.shard(p)
-            if shard.is_exchanged:
-                state = self.sharded.local(p)
-                exchanged.append(Rows(shard, self.sharded.layout(p), state, int(state["step"])))
-            else:
-                own.append(p)
-        replay = functools.partial(self._replay, config=config)
-        return self._exchange.step(exchanged, config, update, replay) + update(own)
+            return self._update(parts, config, inputs)
+        exchanged = {part.shard.tensor: part for part in parts if part.shard.is_exchanged}
+        rows = []
+        for p, part in exchanged.items():
+            state = self.sharded.local(p)
+            rows.append(Rows(part.shard, part.layout, state, int(state["step"])))
 
-    def _update(self, members: Sequence[Tensor], config: MicroAdamConfig, inputs: float | DeviceInputs) -> int | Tensor:
+        def update(tensors: Sequence[Tensor]) -> int | Tensor:
+            return self._update([exchanged[p] for p in tensors], config, inputs)
+
+        replay = functools.partial(self._replay, config=config)
+        own = [part for part in parts if not part.shard.is_exchanged]
+        return self._exchange.step(rows, config, update, replay) + self._update(own, config, inputs)
+
+    def _update(self, parts: Sequence[Part], config: MicroAdamConfig, inputs: float | DeviceInputs) -> int | Tensor:
         """Step this rank's part of these tensors; returns the number of skipped blocks."""
         self.sharded.note_step()
-        shards = [self.sharded.shard(p) for p in members]
-        states = [self.sharded.local(p) for p in members]
-        with _row_major([shard.param for shard in shards]) as params:
-            steps = [
-                TensorStep(
-                    param,
-                    shard.grad.contiguous(),
-                    state,
-                    self.sharded.layout(p),
-                    0 if self.capturable else int(state["step"]),
-                    counter=state["step"],
-                )
-                for p, param, shard, state in zip(members, params, shards, states, strict=True)
-            ]
-            if isinstance(inputs, DeviceInputs):
-                assert isinstance(self._backend, CapturableBackend)
-                return self._backend.step_on_device(steps, config, inputs)
+        params = [part.param.contiguous() for part in parts]
+        counts_here = not self.capturable
+        steps = [
+            TensorStep(
+                param,
+                part.grad.contiguous(),
+                state,
+                part.layout,
+                int(state["step"].item()) if counts_here else 0,
+                state["step"],
+            )
+            for part, param, state in zip(parts, params, self.sharded.states(parts), strict=True)
+        ]
+        if isinstance(inputs, DeviceInputs):
+            assert isinstance(self._backend, CapturableBackend)
+            num_skipped = self._backend.step_on_device(steps, config, inputs)
+        else:
             if self._meter is not None and self._meter.is_due(self.param_groups):
-                sharding_groups = [shard.sharding_group for shard in shards]
+                sharding_groups = [part.shard.sharding_group for part in parts]
                 self._meter.measure(zip(steps, sharding_groups, strict=True), config, inputs)
-            return self._backend.step(steps, config, inputs)
+            num_skipped = self._backend.step(steps, config, inputs)
+        _write_back([part.param for part in parts], params)
+        return num_skipped
 
-    def _replay(self, parts: Sequence[Replayed], config: MicroAdamConfig) -> None:
+    def _replay(self, replayed: Sequence[Replayed], config: MicroAdamConfig) -> None:
         """Update weights from windows that other ranks have filled."""
-        with _row_major([part.weights.detach() for part in parts]) as params:
-            steps = [
-                TensorStep(param, None, part.window, part.layout, part.step)
-                for param, part in zip(params, parts, strict=True)
-            ]
-            self._backend.step(steps, config, 1.0)
+        weights = [part.weights.detach() for part in replayed]
+        params = [tensor.contiguous() for tensor in weights]
+        steps = [
+            TensorStep(param, None, part.window, part.layout, part.step)
+            for param, part in zip(params, replayed, strict=True)
+        ]
+        self._backend.step(steps, config, 1.0)
+        _write_back(weights, params)
 
-    def _prepare(self, groups: Sequence[tuple[MicroAdamConfig, Sequence[Tensor]]]) -> bool:
-        """Make state where there is none, unless something is not supported; returns whether there was none at all."""
-        was_empty = self.sharded.is_empty
+    def _prepare(self, groups: Sequence[tuple[MicroAdamConfig, Sequence[Tensor]]]) -> list[list[Part]]:
+        """Make state where there is none, unless something is not supported; returns what is known of the tensors."""
         new = self.sharded.find_new(p for _, members in groups for p in members)
-        for config, members in groups:
-            self.sharded.require_unchanged(members, config, new)
+        parts = [self.sharded.require_unchanged(members, config, new) for config, members in groups]
+        if not new:
+            return parts
         self.sharded.require_one_structure(new)
         for p, layout in new.items():
             self._check(self.sharded.shard(p).name, p, layout.config)
-        if new and self.exchange_settings.sparse_allgather and self.names.sharded is None:
+        if self.exchange_settings.sparse_allgather and self.names.sharded is None:
             raise ConfigError(
                 "sparse_allgather=True is for DeepSpeed's ZeRO stages 1 and 2, and DeepSpeed does not hold this "
                 "optimizer: remove it. For DDP there is shard_state; FSDP gathers weights by itself."
             )
         self.sharded.accept(new)
-        return was_empty
+        return parts
 
-    def _is_probe(self, tensors: Sequence[Tensor]) -> bool:
+    def _is_probe(self, parts: Sequence[Part]) -> bool:
         """Whether a first call is made only to see the state: all gradients are zero, on all ranks that must agree."""
         # A rank that has nothing to step answers others that have.
-        shards = [self.sharded.shard(p) for p in tensors] or list(self.sharded.shards().values())
+        shards = [part.shard for part in parts] or list(self.sharded.shards().values())
         if not all(shard.may_be_probed for shard in shards):
             return False
         # The number of nonzero elements, without a temporary tensor (`any` makes one of bools).
-        grads = [self.sharded.shard(p).grad for p in tensors]
-        is_nonzero = any(bool(torch.linalg.vector_norm(grad, 0)) for grad in grads)
+        is_nonzero = any(bool(torch.linalg.vector_norm(part.grad, 0)) for part in parts)
         return not any_rank(is_nonzero, (group for shard in shards for group in shard.groups))
 
     # ---------------------------------------------------------------- saving and loading
@@ -396,11 +400,8 @@ class MicroAdam(Optimizer):
         self.sharded.bind(self)
 
 
-@contextlib.contextmanager
-def _row_major(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """The tensors, or contiguous copies that are written back at the end, to be written through pointers."""
-    contiguous = [tensor.contiguous() for tensor in tensors]
-    yield contiguous
+def _write_back(tensors: Sequence[Tensor], contiguous: Sequence[Tensor]) -> None:
+    """After pointers have written to tensors or, where they are not row-major, to contiguous copies of them."""
     for tensor, written in zip(tensors, contiguous, strict=True):
         if written is not tensor:
             tensor.copy_(written)

@@ -49,6 +49,21 @@ class StateBytes(NamedTuple):
     dense_bytes: int
 
 
+class Part(NamedTuple):
+    """What is known of a tensor that is about to be stepped.
+
+    Attributes:
+        shard: How its data is reached.
+        layout: Of its state.
+        param, grad: This rank's data, as ``shard`` gives them.
+    """
+
+    shard: Shard
+    layout: StateLayout
+    param: Tensor
+    grad: Tensor
+
+
 class _Fitting(NamedTuple):
     """The parts of a state dict that fits, by tensor; no state where it only says that this is elsewhere."""
 
@@ -83,7 +98,7 @@ class ShardedState:
     def bind(self, optimizer: Optimizer) -> None:
         """Whose state it is; weakly, so that its memory is free as soon as the optimizer is dropped."""
         self._optimizer = weakref.ref(optimizer)
-        self._checked: dict[Tensor, CheckedState] = {}
+        self._checked: dict[int, CheckedState] = {}  # by id of the tensor, which these keep: torch hashes slowly
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("_optimizer", "_checked")}
@@ -139,11 +154,7 @@ class ShardedState:
             CheckpointMismatchError: State that others have put there does not fit. Nothing has been changed.
         """
         states, checked = self._state, self._checked
-        new = [
-            p
-            for p in tensors
-            if not (state := states.get(p)) or (known := checked.get(p)) is None or not known.is_in(p, state)
-        ]
+        new = [p for p in tensors if (known := checked.get(id(p))) is None or not known.is_in(states.get(p))]
         for p in new:
             if not self._has_state(p):
                 self._layouts.pop(p, None)
@@ -156,27 +167,37 @@ class ShardedState:
         return layouts
 
     def require_unchanged(
-        self, members: Sequence[Tensor], config: MicroAdamConfig, new: Mapping[Tensor, StateLayout]
-    ) -> None:
+        self, members: Iterable[Tensor], config: MicroAdamConfig, new: Mapping[Tensor, StateLayout]
+    ) -> list[Part]:
         """The gradients can be used, and the settings and the shapes are those that state is laid out for.
+
+        Args:
+            members: Tensors of one group, with gradients.
+            config: The settings of the group.
+            new: What `find_new` has found for these tensors and others.
 
         Raises:
             ConfigError: A structural setting has changed.
             ConfigError: The parameter has a dtype that is not supported, or not with these settings.
             UnsupportedLayoutError: A shape has changed, or a gradient cannot be used.
         """
-        checked = None
+        parts, checked = [], self._checked
+        made_for = None
         for p in members:
-            shard, made_for = self._shards[p], (new.get(p) or self._layouts[p]).config
-            if made_for is not checked:
+            if new and p in new:
+                shard, layout = self._shards[p], new[p]
+            else:
+                known = checked[id(p)]
+                shard, layout = known.shard, known.layout
+            if layout.config is not made_for:
+                made_for = layout.config
                 self._require_structure(p, config.structural, made_for)
-            checked = made_for
             param = shard.param
-            if param.dtype not in PARAM_DTYPES:
+            if (dtype := param.dtype) not in PARAM_DTYPES:
                 raise ConfigError(
-                    f"parameter {shard.name!r} is {param.dtype} now, MicroAdam trains fp32, bf16, fp16: convert it."
+                    f"parameter {shard.name!r} is {dtype} now, MicroAdam trains fp32, bf16, fp16: convert it."
                 )
-            if config.rounding == "stochastic" and param.dtype == torch.float16:
+            if dtype is torch.float16 and config.rounding == "stochastic":
                 raise ConfigError(
                     f"rounding='stochastic': parameter {shard.name!r} is fp16, and this rounding is defined for bf16 "
                     "only, whose numbers are the upper halves of fp32 numbers. Use rounding='auto' or 'nearest'."
@@ -186,7 +207,8 @@ class ShardedState:
                     f"parameter {shard.name!r} has shape {tuple(param.shape)} now, its state was made for "
                     f"{shard.local_shape}. Construct a new optimizer after changing a parameter's shape."
                 )
-            _ = shard.grad  # raises if it cannot be used
+            parts.append(Part(shard, layout, param, shard.grad))  # whose gradient raises if it cannot be used
+        return parts
 
     def require_one_structure(self, new: Mapping[Tensor, StateLayout]) -> None:
         """In groups that get new state, the state that is there, gradient or not, was made with the same settings.
@@ -203,7 +225,7 @@ class ShardedState:
                     self._require_structure(p, structure, self._layouts[p].config)
 
     def _require_structure(self, p: Tensor, structure: Mapping[str, Any], made_for: MicroAdamConfig) -> None:
-        if name := structural_difference(structure, made_for.structural):
+        if structure != made_for.structural and (name := structural_difference(structure, made_for.structural)):
             raise ConfigError(
                 f"{name}={structure[name]!r}: the state of parameter {self._shards[p].name!r} was made with "
                 f"{getattr(made_for, name)!r}. It cannot change once state exists; set it back, or construct a new "
@@ -236,6 +258,13 @@ class ShardedState:
         if shard.has_plain_state:  # a dictionary per tensor and step is work for the collector
             return state
         return {"step": state["step"], **{name: shard.unwrap(state[name]) for name in self._layouts[p].tensors}}
+
+    def states(self, parts: Iterable[Part]) -> list[Mapping[str, Tensor]]:
+        """The same of several tensors."""
+        states = self._state
+        return [
+            states[part.shard.tensor] if part.shard.has_plain_state else self.local(part.shard.tensor) for part in parts
+        ]
 
     def note_step(self) -> None:
         """The state is about to change."""
@@ -450,7 +479,7 @@ class ShardedState:
     def _keep(self, p: Tensor, layout: StateLayout) -> None:
         """The state of ``p`` is what ``layout`` says, and stays so until one of its tensors is replaced."""
         self._layouts[p] = layout
-        self._checked[p] = CheckedState(p, self._state[p], tuple(layout.tensors))
+        self._checked[id(p)] = CheckedState(self._shards[p], layout, self._state[p])
         if self._exchange is not None:
             self._exchange.forget(p)
 
