@@ -6,9 +6,12 @@ Nothing here waits for the device. The number of skipped blocks is counted there
 from __future__ import annotations
 
 import ctypes
+import functools
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +38,7 @@ from .tensors import count_steps, readable_grads
 MIN_CAPABILITY = (8, 0)  # conversions to bf16 and warp-wide sums in one instruction
 KERNEL_NAMES = ("microadam_scalars", "microadam_step")
 MAX_LAUNCH_TABLES = 1024  # where other tensors have gradients in every step
+COUNTS_AT_ONCE = 256  # numbers of skipped blocks that are allocated together
 
 
 class CudaBackend:
@@ -63,10 +67,13 @@ class CudaBackend:
                 f'backend="cuda": the installed NVRTC is of CUDA {major}, the driver runs CUDA {supported} at most. '
                 f"Update the driver, or pip install 'cuda-core[cu{supported}]'."
             )
-        self._launch_tables: dict[Any, LaunchTables] = {}  # as long as their layouts live
+        self._prepared: dict[Any, _Prepared] = {}  # as long as their layouts live
         self._captured: set[LaunchTables] = set()  # a CUDA graph needs them
         self._constants: dict[Any, Tensor] = {}
         self._compiled: dict[Any, dict[str, Any]] = {}
+        # By device, whose backward passes have a thread each. To allocate 27 KiB for every launch takes longer than it.
+        self._launches: defaultdict[torch.device, Launch] = defaultdict(Launch)
+        self._counts: dict[Any, list[Tensor]] = {}  # zeros, by stream
 
     def __reduce__(self) -> tuple[type[CudaBackend], tuple[()]]:
         return CudaBackend, ()
@@ -86,7 +93,7 @@ class CudaBackend:
             raise BackendUnavailableError(
                 f'backend="cuda" cannot update a parameter on {device}: move it to a GPU or use backend="auto".'
             )
-        capability = torch.cuda.get_device_capability(device)
+        capability = _capability(torch.cuda.current_device() if device.index is None else device.index)
         if capability < MIN_CAPABILITY:
             raise BackendUnavailableError(
                 f'backend="cuda" needs compute capability 8.0 or newer; {torch.cuda.get_device_name(device)} has '
@@ -118,48 +125,49 @@ class CudaBackend:
         device = tensors[0].param.device
         self.check(config, device)
         grads = readable_grads(tensors)
-        with torch.cuda.device(device):
-            groups = group_by_kernel(tensors, grads)
-            all_tables = [self._tables([tensors[i].layout for i in members], device) for members in groups]
-            # The number of skipped blocks, then a flag for each run of each launch.
-            skipped = torch.zeros(1 + sum(tables.num_runs for tables in all_tables), dtype=torch.int32, device=device)
-            first_flag = 1
-            for members, tables in zip(groups, all_tables, strict=True):
-                flags = skipped[first_flag:]
-                first_flag += tables.num_runs
-                if tables.num_blocks:
-                    group, group_grads = [tensors[i] for i in members], [grads[i] for i in members]
-                    launch = fill_launch(tables, group, group_grads, self._weights(config, device), skipped, flags)
-                    self._launch(launch, tables, group, group_grads[0], config, grad_scale, inputs)
-        return skipped[0]
+        # To switch to the device where it is the current one already takes longer than to ask.
+        with nullcontext() if torch.cuda.current_device() == device.index else torch.cuda.device(device):
+            # A captured step counts from zero at every replay.
+            skipped = self._count(device) if inputs is None else torch.zeros((), dtype=torch.int32, device=device)
+            for members in group_by_kernel(tensors, grads):
+                group, group_grads = [tensors[i] for i in members], [grads[i] for i in members]
+                prepared = self._prepare([tensor.layout for tensor in group], device)
+                if (tables := prepared.tables).num_blocks:
+                    has_dense_runs = any(tensor.layout.dense_runs for tensor in group)
+                    flags = torch.zeros(tables.num_runs, dtype=torch.int32, device=device) if has_dense_runs else None
+                    launch = self._launches[device]
+                    fill_launch(launch, tables, group, group_grads, self._weights(config, device), skipped, flags)
+                    self._launch(launch, prepared, group, group_grads[0], config, grad_scale, inputs)
+        return skipped
 
     def _launch(
         self,
         launch: Launch,
-        tables: LaunchTables,
+        prepared: _Prepared,
         tensors: Sequence[TensorStep],
         first_grad: Tensor | None,
         config: MicroAdamConfig,
         grad_scale: float,
         inputs: DeviceInputs | None,
     ) -> None:
-        device = tensors[0].param.device
-        grad_dtype = None if first_grad is None else first_grad.dtype
-        macros = kernel_macros(tables, config, tensors[0].param.dtype, grad_dtype)
-        kernels = self._kernels(macros, device)
-        launch.scalars = host_scalars(tensors[0].step, config, grad_scale)
+        tables, param = prepared.tables, tensors[0].param
+        device, grad_dtype = param.device, None if first_grad is None else first_grad.dtype
+        key = config.rounding, param.dtype, grad_dtype  # what else decides about the code is the same in all layouts
+        if (kernels := prepared.kernels.get(key)) is None:
+            kernels = self._kernels(kernel_macros(tables, config, param.dtype, grad_dtype), device)
+            prepared.kernels[key] = kernels
+        launch.scalars = host_scalars(tensors[0].step, config, grad_scale)  # a copy
         if inputs is not None:
             launch.inputs = device_inputs(inputs, config, self._factors(config, device))
             scalars = torch.empty(len(tensors) * SCALARS_BYTES, dtype=torch.uint8, device=device)
             launch.device_scalars = scalars.data_ptr()
-            self._run(kernels["microadam_scalars"], -(-len(tensors) // 32), 32, launch)
-        self._run(kernels["microadam_step"], tables.num_blocks, tables.shape.threads, launch)
+            self._run(kernels["microadam_scalars"], -(-len(tensors) // 32), 32, launch, device)
+        self._run(kernels["microadam_step"], tables.num_blocks, tables.shape.threads, launch, device)
 
-    def _run(self, kernel: Any, num_blocks: int, num_threads: int, launch: Launch) -> None:
+    def _run(self, kernel: Any, num_blocks: int, num_threads: int, launch: Launch, device: torch.device) -> None:
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(launch))  # copied by the call
-        stream = torch.cuda.current_stream().cuda_stream
         shape = (num_blocks, 1, 1, num_threads, 1, 1)
-        self._call(self._driver.cuLaunchKernel(kernel, *shape, 0, stream, ctypes.addressof(parameters), 0))
+        self._call(self._driver.cuLaunchKernel(kernel, *shape, 0, _stream(device), ctypes.addressof(parameters), 0))
 
     def _call(self, result: tuple[Any, ...]) -> Any:
         """What a driver function returned beside its error code."""
@@ -170,19 +178,25 @@ class CudaBackend:
 
     # ---------------------------------------------------------------- what is made once
 
-    def _tables(self, layouts: Sequence[StateLayout], device: torch.device) -> LaunchTables:
+    def _prepare(self, layouts: Sequence[StateLayout], device: torch.device) -> _Prepared:
         key = (device, *map(id, layouts))  # to hash layouts takes long
-        if key not in self._launch_tables:
+        if (prepared := self._prepared.get(key)) is None:
             _refuse_capture()
-            if len(self._launch_tables) == MAX_LAUNCH_TABLES:
-                self._launch_tables.pop(next(iter(self._launch_tables)))
-            self._launch_tables[key] = LaunchTables(layouts, device)
+            if len(self._prepared) == MAX_LAUNCH_TABLES:
+                self._prepared.pop(next(iter(self._prepared)))
+            prepared = self._prepared[key] = _Prepared(LaunchTables(layouts, device), {})
             for layout in layouts:
-                weakref.finalize(layout, self._launch_tables.pop, key, None).atexit = False
-        tables = self._launch_tables[key]
+                weakref.finalize(layout, self._prepared.pop, key, None).atexit = False
         if torch.cuda.is_current_stream_capturing():
-            self._captured.add(tables)
-        return tables
+            self._captured.add(prepared.tables)
+        return prepared
+
+    def _count(self, device: torch.device) -> Tensor:
+        """A zero, 0-dim int32. One allocation and one kernel make many, in the order of this stream."""
+        key = device, _stream(device)
+        if not self._counts.get(key):
+            self._counts[key] = list(torch.zeros(COUNTS_AT_ONCE, dtype=torch.int32, device=device).unbind())
+        return self._counts[key].pop()
 
     def _weights(self, config: MicroAdamConfig, device: torch.device) -> Tensor:
         return self._constant((config.betas, config.window_size, device), lambda: window_weights(config, device))
@@ -200,12 +214,29 @@ class CudaBackend:
         key = (device, *macros.values())
         if key not in self._compiled:
             _refuse_capture()
-            major, minor = torch.cuda.get_device_capability(device)
+            major, minor = _capability(device.index)
             module = self._call(self._driver.cuModuleLoadData(nvrtc.compile_kernel(macros, f"sm_{major}{minor}")))
             self._compiled[key] = {
                 name: self._call(self._driver.cuModuleGetFunction(module, name.encode())) for name in KERNEL_NAMES
             }
         return self._compiled[key]
+
+
+class _Prepared(NamedTuple):
+    """For launches for tensors of the same layouts."""
+
+    tables: LaunchTables
+    kernels: dict[Any, dict[str, Any]]
+
+
+def _stream(device: torch.device) -> int:
+    """The handle of the current stream; `torch.cuda.current_stream` makes an object for it, which takes longer."""
+    return torch._C._cuda_getCurrentRawStream(device.index)
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
 
 
 def _refuse_capture() -> None:

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import math
 import operator
+import struct
 from collections.abc import Iterable, Sequence
 from ctypes import Structure, c_double, c_int32, c_int64, c_uint32, c_void_p
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from ..errors import ConfigError
 from ..layout import BlockRun, StateLayout
 from .base import DeviceInputs, TensorStep
 from .structures import EXTENT_FIELDS, FloatScalars, Place, extents_of, float_values, place_of
-from .tensors import STATE_NAMES, Addresses, pack_rows
+from .tensors import STATE_NAMES, addresses
 
 MAX_TENSORS = 256  # so that a launch's parameters stay below 32 KiB
 RUN_SHIFT = 6  # runs are found by block number >> RUN_SHIFT
@@ -192,40 +193,45 @@ def step_factors(config: MicroAdamConfig, device: torch.device) -> Tensor:
 
 
 def fill_launch(
+    launch: Launch,
     tables: LaunchTables,
     tensors: Sequence[TensorStep],
     grads: Sequence[Tensor | None],
     weights: Tensor,
     num_skipped: Tensor,
-    dense_flags: Tensor,
-) -> Launch:
+    dense_flags: Tensor | None,
+) -> None:
     """Everything but the scalars.
 
     Args:
+        launch: In place, whatever it was filled with before.
         tables: Of the layouts of ``tensors``.
         tensors: At most `MAX_TENSORS`.
         grads: Their gradients, fp32, bf16 or fp16; None for all of them where only the weights are updated.
         weights: See `window_weights`.
         num_skipped: int32; the number of skipped blocks is added to its first element.
-        dense_flags: int32, zeros, one for each run of the tables.
+        dense_flags: int32, zeros, one for each run of the tables; None where there is no dense run.
     """
-    launch = Launch(
-        m_weights=weights[0].data_ptr(),
-        v_weights=weights[1].data_ptr(),
-        runs=tables.runs.data_ptr(),
-        first_runs=tables.first_runs.data_ptr(),
-        num_skipped=num_skipped.data_ptr(),
-        dense_flags=dense_flags.data_ptr(),
-        num_tensors=len(tensors),
-    )
-    addresses = Addresses.of(tensors, grads)
-    accessed = [addresses.param, addresses.grad, *addresses.state]
-    is_aligned = [functools.reduce(operator.or_, row) % 16 == 0 for row in zip(*accessed, strict=True)]
-    rows = pack_rows([*accessed, addresses.counter, is_aligned])
-    ctypes.memmove(launch.tensors, rows, len(rows))
-    return launch
+    launch.device_scalars = None
+    weights_address = weights.data_ptr()
+    values = [
+        weights_address,
+        weights_address + weights.nbytes // 2,
+        tables.runs.data_ptr(),
+        tables.first_runs.data_ptr(),
+        num_skipped.data_ptr(),
+        0 if dense_flags is None else dense_flags.data_ptr(),
+        len(tensors),
+    ]
+    for tensor, grad in zip(tensors, grads, strict=True):
+        row = addresses(tensor, grad)
+        counter = 0 if tensor.counter is None else tensor.counter.data_ptr()
+        values += (*row, counter, functools.reduce(operator.or_, row) % 16 == 0)
+    # All fields from here on have 64 bits; to set them one by one takes several times as long.
+    struct.pack_into(f"{len(values)}q", launch, Launch.m_weights.offset, *values)
 
 
+@functools.lru_cache(maxsize=8)  # an engine that updates parameter by parameter asks for the same ones again and again
 def host_scalars(step: int, config: MicroAdamConfig, grad_scale: float) -> _Scalars:
     """The scalars of the update that follows ``step`` finished ones."""
     scalars = StepScalars.at(step, config, grad_scale)

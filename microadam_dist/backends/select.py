@@ -74,6 +74,9 @@ class AutoBackend:
 
     def step(self, tensors: Sequence[TensorStep], config: MicroAdamConfig, grad_scale: float) -> int | Tensor:
         """See `Backend.step`."""
+        devices = {tensor.param.device for tensor in tensors}
+        if len(devices) == 1:
+            return self.choose(config, devices.pop()).step(tensors, config, grad_scale)
         by_device: dict[torch.device, list[TensorStep]] = {}
         for tensor in tensors:
             by_device.setdefault(tensor.param.device, []).append(tensor)

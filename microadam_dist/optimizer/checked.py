@@ -62,10 +62,10 @@ class CheckedSettings:
     """
 
     def __init__(self) -> None:
-        self._known: tuple[list[int], tuple[Any, ...], MicroAdamConfig] | None = None
+        self._known: tuple[tuple[Any, ...], MicroAdamConfig] | None = None
 
     def __reduce__(self) -> tuple[type[CheckedSettings], tuple[()]]:
-        return CheckedSettings, ()  # ids mean nothing to a copy
+        return CheckedSettings, ()  # a copy of the objects would never be met again
 
     def config(self, group: Mapping[str, Any]) -> MicroAdamConfig:
         """The settings of ``group``.
@@ -73,13 +73,12 @@ class CheckedSettings:
         Raises:
             ConfigError: As `MicroAdamConfig.from_dict`.
         """
-        values = tuple(map(group.get, READ_NAMES, repeat(_ABSENT)))
-        ids, known = list(map(id, values)), self._known
-        if known is not None and known[0] == ids:
-            return known[2]
+        values, known = tuple(map(group.get, READ_NAMES, repeat(_ABSENT))), self._known
+        if known is not None and all(map(operator.is_, values, known[0])):
+            return known[1]
         config = MicroAdamConfig.from_dict(group)
         if all(map(_stays, values)):
-            self._known = ids, values, config  # the values are kept: the ids are theirs as long as they live
+            self._known = values, config
         return config
 
 

@@ -6,7 +6,7 @@ import functools
 import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain
+from itertools import chain, repeat
 from typing import Any, overload
 
 import torch
@@ -227,10 +227,10 @@ class MicroAdam(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        configs = list(map(self._config, range(len(self.param_groups))))
+        configs = [self._config(index) for index in range(len(self.param_groups))]
         members = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
         was_empty = self.sharded.is_empty
-        parts = self._prepare(list(zip(configs, members, strict=True)))
+        parts = self._prepare(configs, members)
         if was_empty and self._is_probe(list(chain.from_iterable(parts))):
             return loss
 
@@ -245,7 +245,6 @@ class MicroAdam(Optimizer):
             self._meter.end_step(self)
         return loss
 
-    @torch.no_grad()
     def step_in_backward(self, param: Tensor, group_index: int) -> None:
         """Update one parameter that has just got its gradient, as its part of a step; see `gradient_release`.
 
@@ -259,10 +258,15 @@ class MicroAdam(Optimizer):
             UnsupportedLayoutError: As `step`.
             ConfigError: As `step`.
         """
-        group, config = self.param_groups[group_index], self._config(group_index)
-        (parts,) = self._prepare([(config, [param])])
-        inputs = _device_inputs(group, None, None) if self.capturable else 1.0
-        self._nonfinite.add([self._step_group(parts, config, inputs)])
+        was_enabled = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)  # `no_grad` does the same in five times the time
+        try:
+            group, config = self.param_groups[group_index], self._config(group_index)
+            (parts,) = self._prepare([config], [[param]])
+            inputs = _device_inputs(group, None, None) if self.capturable else 1.0
+            self._nonfinite.add_part(self._step_group(parts, config, inputs))
+        finally:
+            torch._C._set_grad_enabled(was_enabled)
 
     def _config(self, group_index: int) -> MicroAdamConfig:
         """The settings of a group; a learning rate that is read on the device counts as 0."""
@@ -326,10 +330,10 @@ class MicroAdam(Optimizer):
         self._backend.step(steps, config, 1.0)
         _write_back(weights, params)
 
-    def _prepare(self, groups: Sequence[tuple[MicroAdamConfig, Sequence[Tensor]]]) -> list[list[Part]]:
+    def _prepare(self, configs: Sequence[MicroAdamConfig], groups: Sequence[Sequence[Tensor]]) -> list[list[Part]]:
         """Make state where there is none, unless something is not supported; returns what is known of the tensors."""
-        new = self.sharded.find_new(p for _, members in groups for p in members)
-        parts = [self.sharded.require_unchanged(members, config, new) for config, members in groups]
+        new = self.sharded.find_new(chain.from_iterable(groups))
+        parts = list(map(self.sharded.require_unchanged, groups, configs, repeat(new)))
         if not new:
             return parts
         self.sharded.require_one_structure(new)

@@ -155,6 +155,8 @@ class ShardedState:
         """
         states, checked = self._state, self._checked
         new = [p for p in tensors if (known := checked.get(id(p))) is None or not known.is_in(states.get(p))]
+        if not new:
+            return {}
         for p in new:
             if not self._has_state(p):
                 self._layouts.pop(p, None)
