@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-import struct
 import weakref
 from collections.abc import Mapping, Sequence
 from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int, c_int64, c_void_p
@@ -26,7 +25,7 @@ from ..layout import StateLayout
 from . import __path__ as _FOLDERS  # an editable install has two: the sources and what was built
 from .base import TensorStep
 from .structures import EXTENT_FIELDS, FloatScalars, Place, extents_of, float_values, place_of
-from .tensors import addresses, readable_grads
+from .tensors import Addresses, pack_rows, readable_grads
 
 ABI_VERSION = 7
 LIBRARY_NAME = "libmicroadam_cpu.so"
@@ -154,30 +153,29 @@ class CpuBackend:
         self, tensors: Sequence[TensorStep], grads: Sequence[Tensor | None], scalars: Mapping[int, int], rounding: str
     ) -> bytes:
         """One microadam_tensor per tensor, from the address of the scalars by step."""
-        values: list[int] = []
-        for tensor, grad in zip(tensors, grads, strict=True):
-            if (layout := self._layouts.get(id(tensor.layout))) is None:
-                layout = self._add_layout(tensor.layout)
-            dtype = tensor.param.dtype
-            param_address, grad_address, *state = addresses(tensor, grad)
-            values += (
-                layout.address,
-                scalars[tensor.step],
-                param_address,
-                grad_address,
-                0 if tensor.counter is None else tensor.counter.data_ptr(),
-                *state,
-                _DTYPES[dtype],
-                _DTYPES[torch.float32 if grad is None else grad.dtype],
-                is_stochastic(rounding, dtype),
-            )
-        return struct.pack(f"{len(values)}q", *values)
+        for tensor in tensors:
+            if id(tensor.layout) not in self._layouts:
+                self._add_layout(tensor.layout)
+        addresses = Addresses.of(tensors, grads)
+        dtypes = [tensor.param.dtype for tensor in tensors]
+        stochastic = {dtype: int(is_stochastic(rounding, dtype)) for dtype in set(dtypes)}
+        fields = [
+            [self._layouts[id(tensor.layout)].address for tensor in tensors],
+            [scalars[tensor.step] for tensor in tensors],
+            addresses.param,
+            addresses.grad,
+            addresses.counter,
+            *addresses.state,
+            [_DTYPES[dtype] for dtype in dtypes],
+            [_DTYPES[torch.float32 if grad is None else grad.dtype] for grad in grads],
+            [stochastic[dtype] for dtype in dtypes],
+        ]
+        return pack_rows(fields)
 
-    def _add_layout(self, layout: StateLayout) -> _Layout:
+    def _add_layout(self, layout: StateLayout) -> None:
         key = id(layout)  # to hash a layout takes longer than to update a small tensor
         self._layouts[key] = _Layout(layout)
         weakref.finalize(layout, self._layouts.pop, key, None).atexit = False
-        return self._layouts[key]
 
 
 @functools.lru_cache(maxsize=8)  # an engine that updates parameter by parameter asks for the same ones again and again

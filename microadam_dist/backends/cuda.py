@@ -133,8 +133,8 @@ class CudaBackend:
                 group, group_grads = [tensors[i] for i in members], [grads[i] for i in members]
                 prepared = self._prepare([tensor.layout for tensor in group], device)
                 if (tables := prepared.tables).num_blocks:
-                    has_dense_runs = any(tensor.layout.dense_runs for tensor in group)
-                    flags = torch.zeros(tables.num_runs, dtype=torch.int32, device=device) if has_dense_runs else None
+                    num_flags = tables.num_runs if prepared.has_dense_runs else 0
+                    flags = torch.zeros(num_flags, dtype=torch.int32, device=device) if num_flags else None
                     launch = self._launches[device]
                     fill_launch(launch, tables, group, group_grads, self._weights(config, device), skipped, flags)
                     self._launch(launch, prepared, group, group_grads[0], config, grad_scale, inputs)
@@ -165,7 +165,7 @@ class CudaBackend:
         self._run(kernels["microadam_step"], tables.num_blocks, tables.shape.threads, launch, device)
 
     def _run(self, kernel: Any, num_blocks: int, num_threads: int, launch: Launch, device: torch.device) -> None:
-        parameters = (ctypes.c_void_p * 1)(ctypes.addressof(launch))  # copied by the call
+        parameters = _Parameters(ctypes.addressof(launch))  # copied by the call
         shape = (num_blocks, 1, 1, num_threads, 1, 1)
         self._call(self._driver.cuLaunchKernel(kernel, *shape, 0, _stream(device), ctypes.addressof(parameters), 0))
 
@@ -184,7 +184,8 @@ class CudaBackend:
             _refuse_capture()
             if len(self._prepared) == MAX_LAUNCH_TABLES:
                 self._prepared.pop(next(iter(self._prepared)))
-            prepared = self._prepared[key] = _Prepared(LaunchTables(layouts, device), {})
+            has_dense_runs = any(layout.dense_runs for layout in layouts)
+            prepared = self._prepared[key] = _Prepared(LaunchTables(layouts, device), has_dense_runs, {})
             for layout in layouts:
                 weakref.finalize(layout, self._prepared.pop, key, None).atexit = False
         if torch.cuda.is_current_stream_capturing():
@@ -222,10 +223,14 @@ class CudaBackend:
         return self._compiled[key]
 
 
+_Parameters = ctypes.c_void_p * 1
+
+
 class _Prepared(NamedTuple):
     """For launches for tensors of the same layouts."""
 
     tables: LaunchTables
+    has_dense_runs: bool
     kernels: dict[Any, dict[str, Any]]
 
 

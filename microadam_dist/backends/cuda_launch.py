@@ -10,6 +10,7 @@ import struct
 from collections.abc import Iterable, Sequence
 from ctypes import Structure, c_double, c_int32, c_int64, c_uint32, c_void_p
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from ..errors import ConfigError
 from ..layout import BlockRun, StateLayout
 from .base import DeviceInputs, TensorStep
 from .structures import EXTENT_FIELDS, FloatScalars, Place, extents_of, float_values, place_of
-from .tensors import STATE_NAMES, addresses
+from .tensors import STATE_NAMES, Addresses
 
 MAX_TENSORS = 256  # so that a launch's parameters stay below 32 KiB
 RUN_SHIFT = 6  # runs are found by block number >> RUN_SHIFT
@@ -214,7 +215,7 @@ def fill_launch(
     """
     launch.device_scalars = None
     weights_address = weights.data_ptr()
-    values = [
+    head = (
         weights_address,
         weights_address + weights.nbytes // 2,
         tables.runs.data_ptr(),
@@ -222,13 +223,16 @@ def fill_launch(
         num_skipped.data_ptr(),
         0 if dense_flags is None else dense_flags.data_ptr(),
         len(tensors),
-    ]
-    for tensor, grad in zip(tensors, grads, strict=True):
-        row = addresses(tensor, grad)
-        counter = 0 if tensor.counter is None else tensor.counter.data_ptr()
-        values += (*row, counter, functools.reduce(operator.or_, row) % 16 == 0)
+    )
+    addresses = Addresses.of(tensors, grads)
+    accessed = [addresses.param, addresses.grad, *addresses.state]
+    bits: Iterable[int] = accessed[0]
+    for column in filter(any, accessed[1:]):
+        bits = map(operator.or_, bits, column)
+    rows = zip(*accessed, addresses.counter, [b % 16 == 0 for b in bits], strict=True)
     # All fields from here on have 64 bits; to set them one by one takes several times as long.
-    struct.pack_into(f"{len(values)}q", launch, Launch.m_weights.offset, *values)
+    num_values = len(head) + len(tensors) * len(_Tensor._fields_)
+    struct.pack_into(f"{num_values}q", launch, Launch.m_weights.offset, *head, *chain.from_iterable(rows))
 
 
 @functools.lru_cache(maxsize=8)  # an engine that updates parameter by parameter asks for the same ones again and again

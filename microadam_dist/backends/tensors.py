@@ -1,9 +1,12 @@
-"""What backends do with the tensors of a step: the gradients they can read, their addresses, counters."""
+"""What backends do with the tensors of a step: the gradients they can read, tables of addresses, counters."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
+import struct
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,12 +20,16 @@ _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def count_steps(tensors: Iterable[TensorStep]) -> None:
     """Add 1 to the counters of tensors that have been stepped."""
-    counters = [tensor.counter for tensor in tensors if tensor.counter is not None]
-    if all(counter.is_cpu for counter in counters):
-        for counter in counters:  # through pointers, because torch takes twice as long, for one alone four times
+    on_device = []
+    for tensor in tensors:
+        if (counter := tensor.counter) is None:
+            continue
+        if counter.is_cpu:  # through a pointer, because torch takes twice as long, for one alone four times
             ctypes.c_int64.from_address(counter.data_ptr()).value += 1
-    else:
-        torch._foreach_add_(counters, 1)
+        else:
+            on_device.append(counter)
+    if on_device:
+        torch._foreach_add_(on_device, 1)
 
 
 def readable_grads(tensors: Iterable[TensorStep]) -> list[Tensor | None]:
@@ -31,7 +38,41 @@ def readable_grads(tensors: Iterable[TensorStep]) -> list[Tensor | None]:
     return [grad if grad is None or grad.dtype in _KERNEL_DTYPES else grad.float() for grad in grads]
 
 
-def addresses(tensor: TensorStep, grad: Tensor | None) -> list[int]:
-    """Where the param, the gradient and each of `STATE_NAMES` lie; 0 for what there is not."""
-    present = (tensor.param, grad, *map(tensor.state.get, STATE_NAMES))
-    return [0 if x is None else x.data_ptr() for x in present]
+class Addresses(NamedTuple):
+    """Addresses of tensors, a list for each field with one entry per `TensorStep`; 0 for what it does not have.
+
+    Field by field, because a Python call per tensor takes longer than the step of a small one.
+
+    Attributes:
+        param, grad, counter: As in `TensorStep`; ``grad`` as it was given.
+        state: One list for each of `STATE_NAMES`.
+    """
+
+    param: list[int]
+    grad: list[int]
+    counter: list[int]
+    state: list[list[int]]
+
+    @classmethod
+    def of(cls, tensors: Sequence[TensorStep], grads: Sequence[Tensor | None]) -> Addresses:
+        """Of tensors and their gradients."""
+        params, _, states, _, _, counters = zip(*tensors, strict=True)
+        present, nothing = set().union(*states), [0] * len(tensors)
+        return cls(
+            param=[param.data_ptr() for param in params],
+            grad=_optional(grads),
+            counter=_optional(counters),
+            state=[
+                [state[name].data_ptr() if name in state else 0 for state in states] if name in present else nothing
+                for name in STATE_NAMES
+            ],
+        )
+
+
+def _optional(tensors: Sequence[Tensor | None]) -> list[int]:
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def pack_rows(fields: Sequence[Sequence[int]]) -> bytes:
+    """A table of 64-bit integers, row by row, from its fields."""
+    return struct.pack(f"{sum(map(len, fields))}q", *chain.from_iterable(zip(*fields, strict=True)))

@@ -183,17 +183,15 @@ class ShardedState:
             ConfigError: The parameter has a dtype that is not supported, or not with these settings.
             UnsupportedLayoutError: A shape has changed, or a gradient cannot be used.
         """
-        parts, checked = [], self._checked
-        made_for = None
+        parts, checked, structure = [], self._checked, config.structural
         for p in members:
             if new and p in new:
                 shard, layout = self._shards[p], new[p]
             else:
                 known = checked[id(p)]
                 shard, layout = known.shard, known.layout
-            if layout.config is not made_for:
-                made_for = layout.config
-                self._require_structure(p, config.structural, made_for)
+            if layout.config.structural != structure:
+                self._require_structure(p, structure, layout.config)
             param = shard.param
             if (dtype := param.dtype) not in PARAM_DTYPES:
                 raise ConfigError(
@@ -227,7 +225,7 @@ class ShardedState:
                     self._require_structure(p, structure, self._layouts[p].config)
 
     def _require_structure(self, p: Tensor, structure: Mapping[str, Any], made_for: MicroAdamConfig) -> None:
-        if structure != made_for.structural and (name := structural_difference(structure, made_for.structural)):
+        if name := structural_difference(structure, made_for.structural):
             raise ConfigError(
                 f"{name}={structure[name]!r}: the state of parameter {self._shards[p].name!r} was made with "
                 f"{getattr(made_for, name)!r}. It cannot change once state exists; set it back, or construct a new "
