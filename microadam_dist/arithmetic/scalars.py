@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,9 +14,10 @@ from ..config import MicroAdamConfig
 MAGNITUDE_LIMIT = 2.0**60
 
 
-def round_to_fp32(x: float) -> float:
-    """The fp32 number nearest to a float64."""
-    return float(struct.unpack("f", struct.pack("f", x))[0])
+def round_to_fp32(numbers: Sequence[float]) -> tuple[float, ...]:
+    """The fp32 numbers nearest to float64 ones; together, because most of the time is that of the call."""
+    form = f"{len(numbers)}f"
+    return struct.unpack(form, struct.pack(form, *numbers))
 
 
 class BiasFactors(NamedTuple):
@@ -75,17 +77,19 @@ class StepScalars:
         """Scalars of the update that follows ``step`` finished ones."""
         ages = range(min(step + 1, config.window_size))
         beta1, beta2 = config.betas
-        f32 = round_to_fp32
+        numbers = {
+            "lr": config.lr,
+            "eps": config.eps,
+            "decay": 1 - config.lr * config.weight_decay,
+            "grad_scale": grad_scale,
+            "beta1": beta1,
+            "beta2": beta2,
+            "one_minus_beta1": 1 - beta1,
+            "one_minus_beta2": 1 - beta2,
+            **BiasFactors.at(step, config)._asdict(),
+        }
         return cls(
-            lr=f32(config.lr),
-            eps=f32(config.eps),
-            decay=f32(1 - config.lr * config.weight_decay),
-            grad_scale=f32(grad_scale),
-            beta1=f32(beta1),
-            beta2=f32(beta2),
-            one_minus_beta1=f32(1 - beta1),
-            one_minus_beta2=f32(1 - beta2),
-            m_weights=tuple(f32(beta1**age) for age in ages),
-            v_weights=tuple(f32(beta2**age) for age in ages),
-            **{name: f32(factor) for name, factor in BiasFactors.at(step, config)._asdict().items()},
+            m_weights=round_to_fp32([beta1**age for age in ages]),
+            v_weights=round_to_fp32([beta2**age for age in ages]),
+            **dict(zip(numbers, round_to_fp32(list(numbers.values())), strict=True)),
         )

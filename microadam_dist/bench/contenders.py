@@ -54,6 +54,7 @@ class Comparison:
         isas: Instruction sets of the CPU kernel; empty for the best one.
         reference: Whether the pure PyTorch backend takes part.
         deepspeed: Whether DeepSpeedCPUAdam does, whose op is compiled at first use.
+        in_backward: Whether MicroAdam also steps tensor by tensor, as it does where gradients are released.
     """
 
     device: torch.device
@@ -61,12 +62,14 @@ class Comparison:
     isas: tuple[str, ...] = ()
     reference: bool = True
     deepspeed: bool = False
+    in_backward: bool = False
 
 
 def needed_bytes(workload: Workload, dtype: torch.dtype, comparison: Comparison) -> int:
     """What `make_contenders` and their first step allocate at least."""
+    ours = len(comparison.configs) * len(comparison.isas or (None,)) * (1 + comparison.in_backward)
     numbers = 3 + 2 + 2  # weights, gradients and the copy; the moments of AdamW, fused and foreach
-    return workload.numel * (numbers * dtype.itemsize + len(comparison.configs) * len(comparison.isas or (None,)))
+    return workload.numel * (numbers * dtype.itemsize + ours)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -99,6 +102,10 @@ def make_contenders(
             ours = small if backend == "reference" and workload.numel > REFERENCE_NUMEL else tensors
             try:
                 contenders.append(_contender(name, ours, _microadam(ours, config, backend, isa)))
+                if comparison.in_backward and ours is tensors:
+                    optimizer = _microadam(ours, config, backend, isa)
+                    contenders.append(_contender(f"{name} in backward", ours, optimizer))
+                    contenders[-1].step = partial(_step_in_backward, optimizer, ours.params)
             except MicroAdamError as error:
                 missing[name] = str(error)
     return contenders, missing
@@ -138,6 +145,13 @@ def _not_asked_for(*_: Any, **__: Any) -> Optimizer:
 def _microadam(tensors: Tensors, config: MicroAdamConfig, backend: str, isa: str | None) -> MicroAdam:
     with _environment("MICROADAM_CPU_ISA", isa):
         return MicroAdam(tensors.params, backend=backend, **asdict(config))
+
+
+def _step_in_backward(optimizer: MicroAdam, params: Iterable[Tensor]) -> None:
+    for param in params:
+        optimizer.step_in_backward(param, 0)
+    optimizer.zero_grad()
+    optimizer.step()  # ends the step
 
 
 @contextmanager

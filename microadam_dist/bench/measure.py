@@ -30,6 +30,7 @@ class Row:
         contender: Name of the optimizer.
         num_tensors, numel: What it updated; the reference backend gets fewer parameters.
         ns_median, ns_min: Over all rounds.
+        host_us: Microseconds until a step returns, which on a GPU is before it has run; median.
         speedup: The baseline's time divided by its own, a parameter; median over the rounds.
         state_bytes: State, bytes per parameter.
         floor_bytes: What one fused pass over memory would move, bytes per parameter.
@@ -44,6 +45,7 @@ class Row:
     numel: int
     ns_median: float
     ns_min: float
+    host_us: float
     speedup: float
     state_bytes: float
     floor_bytes: float
@@ -70,6 +72,7 @@ def measure(
         progress: Called after every step; there are `num_steps` of them.
     """
     times: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    host_times: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     peaks: dict[str, int | None] = {}
     for step in range(num_steps(warmup, repeats)):
         for contender in contenders:
@@ -82,9 +85,11 @@ def measure(
             elif step == warmup:
                 peaks[contender.name] = peak_extra_bytes(contender.step, device)
             else:
-                times[contender.name].append(time_step(contender.step, device) * 1e9 / tensors.numel)
+                seconds, host_seconds = time_step(contender.step, device)
+                times[contender.name].append(seconds * 1e9 / tensors.numel)
+                host_times[contender.name].append(host_seconds * 1e6)
             progress()
-    return [_row(workload, dtype, contender, times, peaks[contender.name]) for contender in contenders]
+    return [_row(workload, dtype, each, times, host_times[each.name], peaks[each.name]) for each in contenders]
 
 
 def num_steps(warmup: int, repeats: int) -> int:
@@ -92,7 +97,14 @@ def num_steps(warmup: int, repeats: int) -> int:
     return warmup + 1 + repeats
 
 
-def _row(workload: str, dtype: str, contender: Contender, times: dict[str, list[float]], peak_extra: int | None) -> Row:
+def _row(
+    workload: str,
+    dtype: str,
+    contender: Contender,
+    times: dict[str, list[float]],
+    host_times: list[float],
+    peak_extra: int | None,
+) -> Row:
     own, numel = times[contender.name], contender.tensors.numel
     floor = contender.floor_bytes() / numel
     median = statistics.median(own)
@@ -104,6 +116,7 @@ def _row(workload: str, dtype: str, contender: Contender, times: dict[str, list[
         numel=numel,
         ns_median=median,
         ns_min=min(own),
+        host_us=statistics.median(host_times),
         speedup=statistics.median(base / mine for base, mine in zip(times[BASELINE], own, strict=True)),
         state_bytes=contender.state_bytes() / numel,
         floor_bytes=floor,
@@ -112,16 +125,21 @@ def _row(workload: str, dtype: str, contender: Contender, times: dict[str, list[
     )
 
 
-def time_step(step: Callable[[], None], device: torch.device) -> float:
-    """Seconds of one step; on a GPU between two events on its stream."""
+def time_step(step: Callable[[], None], device: torch.device) -> tuple[float, float]:
+    """Seconds of one step, on a GPU between two events on its stream; and seconds until it returned."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         torch.cuda.synchronize(device)
         start.record()
-        step()
+        host_seconds = _time(step)
         end.record()
         end.synchronize()
-        return float(start.elapsed_time(end)) / 1e3
+        return float(start.elapsed_time(end)) / 1e3, host_seconds
+    seconds = _time(step)
+    return seconds, seconds
+
+
+def _time(step: Callable[[], None]) -> float:
     begin = time.perf_counter()
     step()
     return time.perf_counter() - begin

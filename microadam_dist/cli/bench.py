@@ -54,6 +54,9 @@ def step(
     repeats: Annotated[int, typer.Option(min=1, help="Timed steps of every optimizer, in turn.")] = 15,
     reference: Annotated[bool, typer.Option(help="Also the pure PyTorch backend (at most 1M parameters).")] = True,
     deepspeed: Annotated[bool, typer.Option("--deepspeed", help="Also DeepSpeedCPUAdam; compiles its op.")] = False,
+    in_backward: Annotated[
+        bool, typer.Option("--in-backward", help="Also MicroAdam tensor by tensor, as with released gradients.")
+    ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw time against size to this file.")] = None,
 ) -> None:
@@ -71,11 +74,11 @@ def step(
         raise ConfigError("there is nothing to measure: --numel, --dtype and --settings each need a value.")
     if plot_file and find_spec("matplotlib") is None:
         raise ConfigError("--plot needs matplotlib: pip install 'microadam-dist[bench]'.")
-    comparison = Comparison(_usable(device), configs, _usable_isas(isa, device), reference, deepspeed)
+    comparison = Comparison(_usable(device), configs, _usable_isas(isa, device), reference, deepspeed, in_backward)
     cases = list(product(workloads, dtypes.items()))
     _require_memory(cases, comparison)
     rows, missing = _run(cases, comparison, repeats)
-    _print(rows, missing)
+    _print(rows, missing, shows_host=device is Device.cuda)
     machine = describe(comparison.device)
     if json_file:
         result = {
@@ -153,23 +156,25 @@ def _run(
     return rows, missing
 
 
-def _print(rows: Sequence[Row], missing: dict[str, str]) -> None:
+def _print(rows: Sequence[Row], missing: dict[str, str], *, shows_host: bool) -> None:
     output = Console()
+    host_note = "; host: us until a step returns" if shows_host else ""
     for (workload, dtype), members in groupby(rows, key=lambda row: (row.workload, row.dtype)):
         table = Table(
             title=f"{workload} parameters, {dtype}",
             caption=f"ns per parameter: median, minimum; speed against {BASELINE}; state bytes per parameter; GB/s if "
-            "one fused pass moved no more than it must; MB that a step takes and gives back",
+            f"one fused pass moved no more than it must; MB that a step takes and gives back{host_note}",
             box=SIMPLE_HEAD,
         )
         table.add_column("", no_wrap=True)
-        for title in ("ns", "min", "speed", "state", "GB/s", "MB"):
+        for title in ("ns", "min", "speed", "state", "GB/s", "MB", *(["host"] if shows_host else [])):
             table.add_column(title, justify="right")
         for row in members:
             extra = "?" if row.peak_extra_bytes is None else f"{row.peak_extra_bytes / 1e6:.1f}"
             numbers = (f"{row.ns_median:.3f}", f"{row.ns_min:.3f}", f"{row.speedup:.2f}x", f"{row.state_bytes:.2f}")
+            host = [f"{row.host_us:.0f}"] if shows_host else []
             style = "bold" if row.contender.startswith("MicroAdam") else None
-            table.add_row(row.contender, *numbers, f"{row.floor_rate / 1e9:.1f}", extra, style=style)
+            table.add_row(row.contender, *numbers, f"{row.floor_rate / 1e9:.1f}", extra, *host, style=style)
         output.print(table)
     for contender, reason in missing.items():
         output.print(f"{contender}: {reason}", highlight=False, markup=False)

@@ -97,7 +97,6 @@ class GradientRelease:
         self._forget()
         _with_release.discard(self._optimizer)
 
-    @torch.no_grad()
     def _update(self, param: Tensor, group_index: int) -> None:
         shard = self._shards[param]
         _require_final_grad(shard)  # again: ranks may have found together since

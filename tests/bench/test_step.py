@@ -37,7 +37,7 @@ def bench_step(*arguments: str) -> Result:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("bench")
-    sizes, settings = ("--numel", "64K,3x8K"), ("--settings", "10/1%,1/10%", "--isa", "portable")
+    sizes, settings = ("--numel", "64K,3x8K"), ("--settings", "10/1%,1/10%", "--isa", "portable", "--in-backward")
     files = ("--json", str(folder / "a.json"), "--plot", str(folder / "a.png"))
     result = bench_step(*sizes, "--dtype", "fp32,bf16", *settings, "--repeats", "2", *files)
     assert result.exit_code == 0, result.output
@@ -49,7 +49,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @needs_kernel
 def test_a_row_for_every_contender(results: dict[str, Any]) -> None:
     ours = [
-        f"MicroAdam {setting} {backend}" for backend in ("cpu portable", "reference") for setting in ("10/1%", "1/10%")
+        f"MicroAdam {setting} {backend}{how}"
+        for backend in ("cpu portable", "reference")
+        for setting in ("10/1%", "1/10%")
+        for how in ("", " in backward")
     ]
     expected = product(("64K", "3x8K"), ("fp32", "bf16"), ("copy", "AdamW fused", "AdamW foreach", *ours))
     assert [(row["workload"], row["dtype"], row["contender"]) for row in results["rows"]] == list(expected)
@@ -58,6 +61,7 @@ def test_a_row_for_every_contender(results: dict[str, Any]) -> None:
     assert results["versions"]["torch"].startswith(torch.__version__.split("+")[0])
     for row in results["rows"]:
         assert 0 < row["ns_min"] <= row["ns_median"]
+        assert row["host_us"] * 1e3 == pytest.approx(row["ns_median"] * row["numel"])  # a step on a CPU has ended
         assert row["numel"] == (65536 if row["workload"] == "64K" else 3 * 8192)
     assert all(row["speedup"] == 1 for row in results["rows"] if row["contender"] == "AdamW fused")
 
