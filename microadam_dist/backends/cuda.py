@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import weakref
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -71,8 +70,6 @@ class CudaBackend:
         self._captured: set[LaunchTables] = set()  # a CUDA graph needs them
         self._constants: dict[Any, Tensor] = {}
         self._compiled: dict[Any, dict[str, Any]] = {}
-        # By device, whose backward passes have a thread each. To allocate 27 KiB for every launch takes longer than it.
-        self._launches: defaultdict[torch.device, Launch] = defaultdict(Launch)
         self._counts: dict[Any, list[Tensor]] = {}  # zeros, by stream
 
     def __reduce__(self) -> tuple[type[CudaBackend], tuple[()]]:
@@ -135,8 +132,7 @@ class CudaBackend:
                 if (tables := prepared.tables).num_blocks:
                     num_flags = tables.num_runs if prepared.has_dense_runs else 0
                     flags = torch.zeros(num_flags, dtype=torch.int32, device=device) if num_flags else None
-                    launch = self._launches[device]
-                    fill_launch(launch, tables, group, group_grads, self._weights(config, device), skipped, flags)
+                    launch = fill_launch(tables, group, group_grads, self._weights(config, device), skipped, flags)
                     self._launch(launch, prepared, group, group_grads[0], config, grad_scale, inputs)
         return skipped
 

@@ -194,18 +194,16 @@ def step_factors(config: MicroAdamConfig, device: torch.device) -> Tensor:
 
 
 def fill_launch(
-    launch: Launch,
     tables: LaunchTables,
     tensors: Sequence[TensorStep],
     grads: Sequence[Tensor | None],
     weights: Tensor,
     num_skipped: Tensor,
     dense_flags: Tensor | None,
-) -> None:
+) -> Launch:
     """Everything but the scalars.
 
     Args:
-        launch: In place, whatever it was filled with before.
         tables: Of the layouts of ``tensors``.
         tensors: At most `MAX_TENSORS`.
         grads: Their gradients, fp32, bf16 or fp16; None for all of them where only the weights are updated.
@@ -213,7 +211,6 @@ def fill_launch(
         num_skipped: int32; the number of skipped blocks is added to its first element.
         dense_flags: int32, zeros, one for each run of the tables; None where there is no dense run.
     """
-    launch.device_scalars = None
     weights_address = weights.data_ptr()
     head = (
         weights_address,
@@ -232,7 +229,9 @@ def fill_launch(
     rows = zip(*accessed, addresses.counter, [b % 16 == 0 for b in bits], strict=True)
     # All fields from here on have 64 bits; to set them one by one takes several times as long.
     num_values = len(head) + len(tensors) * len(_Tensor._fields_)
+    launch = Launch()
     struct.pack_into(f"{num_values}q", launch, Launch.m_weights.offset, *head, *chain.from_iterable(rows))
+    return launch
 
 
 @functools.lru_cache(maxsize=8)  # an engine that updates parameter by parameter asks for the same ones again and again

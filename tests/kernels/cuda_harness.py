@@ -102,8 +102,7 @@ class HarnessBackend:
             group, group_grads = [tensors[i] for i in members], [grads[i] for i in members]
             tables = self._tables([tensor.layout for tensor in group])
             skipped = torch.zeros(1 + tables.num_runs, dtype=torch.int32)
-            launch = Launch()
-            fill_launch(launch, tables, group, group_grads, weights, skipped, skipped[1:])
+            launch = fill_launch(tables, group, group_grads, weights, skipped, skipped[1:])
             launch.scalars = host_scalars(group[0].step, config, grad_scale)
             grad_dtype = None if group_grads[0] is None else group_grads[0].dtype
             macros = kernel_macros(tables, config, group[0].param.dtype, grad_dtype)
