@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # imported where they are used: torch and transformers take s
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 LOSS_CHUNK = 512  # of a 7B Llama, so that recomputing one of its layers takes more memory than the logits
-MAX_REASON = 500  # characters: transformers lists all kinds of models that it knows
+MAX_REASON = 300  # characters: transformers lists all kinds of models that it knows
 SHARD_SIZE = "2GB"  # of a file of the weights
 
 
