@@ -43,7 +43,7 @@ def train(options: Options) -> None:
     options, ds_config = resolve(options)
     checkpoint = resume.find_checkpoint(options)
     for name in hub_names(options):
-        console.print(f"{escape(name)}: no such file or folder here, so the Hugging Face hub is asked.")
+        console.print(f"{escape(name)}: no such file or folder here, so the Hugging Face hub is asked.", soft_wrap=True)
     if not options.verbose:
         quiet_libraries()
     use_cpu = prepare_environment(deepspeed=ds_config is not None)

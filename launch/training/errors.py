@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from typing import Any, NoReturn, cast
 
 import typer
@@ -13,6 +14,8 @@ from typer.core import TyperCommand
 
 # Click's, or that of the copy of Click in newer versions of typer; both keep it to themselves.
 _UsageError = cast(type[typer.BadParameter], typer.BadParameter.__mro__[1])
+
+PATIENCE_SECONDS = 10.0
 
 
 class UserError(Exception):
@@ -33,17 +36,22 @@ class OneLineErrors(TyperCommand):
 
 
 def fail(message: str, everywhere: bool = False) -> NoReturn:
-    """Leave with exit code 2.
+    """Leave with exit code 2, and say why, once.
+
+    The first rank says it, and its launcher then ends the others, which wait for that: one that left earlier would have
+    the first rank ended before it has spoken.
 
     Args:
-        message: What all ranks have to say, so that the first says it: of a machine, before they know each other.
+        message: What all ranks have to say, as far as they know.
         everywhere: Only this rank has to say it.
     """
     rank = os.environ.get("RANK", "0")
-    if everywhere and rank != "0":
+    if rank != "0":
+        if not everywhere:
+            time.sleep(PATIENCE_SECONDS)
+            if _know_each_other():
+                sys.exit(2)
         message = f"rank {rank}: {message}"
-    elif rank != "0" and (os.environ.get("LOCAL_RANK", rank) != "0" or _know_each_other()):
-        sys.exit(2)
     line = escape(" ".join(message.split()))
     Console(stderr=True).print(f"[bold red]Error:[/] {line}", highlight=False, soft_wrap=True)
     sys.exit(2)

@@ -220,7 +220,7 @@ def write_blocks(
         eval_source: held-out text, or the fraction of the training sequences, the last ones, to hold out.
 
     Raises:
-        UserError: unreadable or too little text.
+        UserError: unreadable or too little text, or no room for its tokens.
     """
     digest = hashlib.sha256()
     train = pack(_hashed(read_documents(data), digest), tokenizer, seq_len, f"--data {' '.join(data)}")
@@ -242,6 +242,8 @@ def write_blocks(
         try:
             np.save(scratch, blocks)
             scratch.replace(folder / f"{name}.npy")
+        except OSError as error:  # numpy's own, of a full disk, knows neither file nor reason
+            raise UserError(f"{folder / name}.npy cannot be written: {error.strerror or error}") from None
         finally:
             scratch.unlink(missing_ok=True)
     (folder / "train.sha256").write_text(digest.hexdigest())

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.disks import mounted_tmpfs, needs_root
 from tests.launch.runs import LAUNCH, ROOT, TINY_LLAMA, assert_consistent, loaded_numel, options, train
 from tests.ranks import run_ranks
 
@@ -95,6 +96,21 @@ def test_a_mistake_is_one_line_and_no_trace(name: str, text: Path, tmp_path: Pat
     assert sorted(path for path in tmp_path.iterdir() if path.name != "out") == before
 
 
+@needs_root
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [("64k", "packed/train.npy cannot be written: "), ("600k", "no space left on its disk")],  # packing, saving
+)
+def test_a_full_disk_is_one_line_and_no_trace(size: str, message: str, text: Path, tmp_path: Path) -> None:
+    arguments = ["--model-config", str(text.with_name("model.json")), "--tokenizer", "bytes", "--data", str(text)]
+    arguments += ["--seq-len", "64", "--steps", "2", "--save-steps", "1"]
+    with mounted_tmpfs(tmp_path / "disk", size) as disk:
+        ((code, output),) = run_ranks(_main, 1, [*arguments, "--output", str(disk / "out")])
+        assert code == 2 and not list(disk.rglob("*.tmp.npy"))
+    (line,) = (line for line in output.splitlines() if "Error: " in line)
+    assert message in line and str(tmp_path / "disk" / "out") in line and "Traceback" not in output
+
+
 def _main(rank: int, world_size: int, arguments: list[str]) -> tuple[int, str]:
     import typer
     from typer.testing import CliRunner
@@ -111,18 +127,26 @@ def _main(rank: int, world_size: int, arguments: list[str]) -> tuple[int, str]:
     return result.exit_code, result.stderr
 
 
-def test_ranks_say_it_once(text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ([], "bad.jsonl:1: 'response' is missing among ['question']"),  # said by the rank that reads
+        (["--dtype", "fp8"], "'fp8' is not one of"),  # by all
+        (["--clip", "1", "--gradient-release"], "--gradient-release is for one process"),
+    ],
+)
+def test_ranks_say_it_once(more: list[str], message: str, text: Path, tmp_path: Path) -> None:
     from training.environment import free_port
 
     (tmp_path / "bad.jsonl").write_text('{"question": 1}')
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
     command += [str(free_port()), str(TRAIN), "--model-config", str(text.with_name("model.json"))]
-    command += ["--tokenizer", "bytes", "--data", str(tmp_path / "bad.jsonl"), "--output", str(tmp_path / "out")]
+    command += ["--tokenizer", "bytes", "--data", str(tmp_path / "bad.jsonl"), "--output", str(tmp_path / "out"), *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert result.returncode != 0
-    (line,) = (line for line in result.stderr.splitlines() if "bad.jsonl:1" in line)
-    assert line.startswith("Error: ") and "'response' is missing among ['question']" in line
+    (line,) = (line for line in result.stderr.splitlines() if message in line)
+    assert line.startswith("Error: ")
     assert "train.npy" not in result.stderr  # which the other rank would look for
 
 
