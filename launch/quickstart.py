@@ -118,7 +118,7 @@ def train(name: str, ds_config: Path, arguments: list[str], num_ranks: int, envi
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--quiet"]
     launcher += ["--num_gpus", str(num_ranks), "--master_port", str(free_port())]
     script = [str(ROOT / "launch" / "train.py"), *arguments]
-    script += ["--deepspeed", str(ds_config), "--output", str(OUTPUT / name)]
+    script += ["--deepspeed", str(ds_config), "--output", str(OUTPUT / name), "--overwrite"]
     log = OUTPUT / f"{name}.log"
     with (
         log.open("wb") as file,
@@ -135,7 +135,7 @@ def train(name: str, ds_config: Path, arguments: list[str], num_ranks: int, envi
 
 
 def write_metrics(runs: dict[str, dict[str, Any]]) -> None:
-    """Write the comparison; MicroAdam's bytes are those of the sparse path, its dense path stands apart."""
+    """Write the comparison: bytes of all state over all parameters, and MicroAdam's two paths apart."""
     first = runs["microadam"]
     content: dict[str, Any] = {"world_size": first["world_size"], "engine": first["engine"]}
     for name, run in runs.items():
@@ -143,7 +143,8 @@ def write_metrics(runs: dict[str, dict[str, Any]]) -> None:
         content[name] = {
             "heldout_before": run["heldout_before"],
             "heldout_after": run["heldout_after"],
-            "state_bytes_per_param": state["sparse_bytes_per_param"] or state["state_bytes_per_param"],
+            "state_bytes_per_param": state["state_bytes_per_param"],
+            "sparse_bytes_per_param": state["sparse_bytes_per_param"],
             "dense_bytes_per_param": state["dense_bytes_per_param"],
             "seconds": run["seconds"],
         }

@@ -12,20 +12,24 @@ Ranks take GPUs where there are some, else they are CPU processes over gloo.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
+import shutil
 import typing
-from pathlib import Path
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
+from training import resume
 from training.environment import prepare_environment, quiet_libraries
-from training.errors import UserError
+from training.errors import OneLineErrors, UserError, fail
 from training.model import has_liger, load_model
-from training.options import Dtype, OptimizerName, Options, resolve
+from training.options import Dtype, OptimizerName, Options, Override, resolve
+from training.sources import hub_names
 
 if TYPE_CHECKING:  # imported where they are used: torch and transformers take seconds
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
@@ -37,6 +41,9 @@ console = Console(quiet=not IS_RANK_0)
 def train(options: Options) -> None:
     """Run one training from validated options to metrics.json."""
     options, ds_config = resolve(options)
+    checkpoint = resume.find_checkpoint(options)
+    for name in hub_names(options):
+        console.print(f"{escape(name)}: no such file or folder here, so the Hugging Face hub is asked.", soft_wrap=True)
     if not options.verbose:
         quiet_libraries()
     use_cpu = prepare_environment(deepspeed=ds_config is not None)
@@ -45,11 +52,18 @@ def train(options: Options) -> None:
     from transformers import set_seed
 
     from training import summary
-    from training.callbacks import LossProgress, OptimizerTimer, StepTimer
+    from training.callbacks import LossProgress, MarkComplete, NewLearningRate, OptimizerTimer, StepTimer
 
     set_seed(args.seed)
-    tokenizer, datasets = load_data(options, args)
-    model = load_model(options, tokenizer, args.device)
+    settings = run_settings(options, ds_config, args)
+    if checkpoint:
+        compared = resume.require_same(checkpoint, settings, options.override or [])
+    with _together():
+        tokenizer, datasets, settings["data"] = load_data(options, args)
+        if checkpoint:
+            resume.require_same(checkpoint, {"data": settings["data"]}, options.override or [])
+    with _together():
+        model = load_model(options, tokenizer, args.device)
     # Counted now: engines replace the parameters by shards.
     num_params = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
     tokens_a_step = args.world_size * args.train_batch_size * args.gradient_accumulation_steps * options.seq_len
@@ -59,7 +73,17 @@ def train(options: Options) -> None:
     trainer.add_callback(optimizer_timer)
     trainer.add_callback(LossProgress(timer, tokens_a_step))
     engine = find_engine(trainer, ds_config)
-    trainer.train(resume_from_checkpoint=find_checkpoint(options))
+    trainer.add_callback(MarkComplete({**settings, "engine": engine, "ranks": args.world_size}))
+    if checkpoint:
+        console.print(escape(resume.describe(checkpoint, compared)), soft_wrap=True)
+        if Override.lr in (options.override or []):
+            trainer.add_callback(NewLearningRate(options.lr))
+    elif options.resume == "last":
+        console.print(f"No checkpoint in {escape(str(options.output))}: starting anew.")
+    with _together():
+        if options.overwrite and args.local_process_index == 0:
+            resume.remove_results(options.output)
+    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     if trainer.is_fsdp_enabled:  # checkpoints are sharded, the final weights are not
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
@@ -69,6 +93,22 @@ def train(options: Options) -> None:
         summary.report(metrics, options.output, console)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()  # destroys the process group
+
+
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    """What is wrong on any rank is raised on every rank: none goes on alone."""
+    from microadam_dist.engines.collectives import raise_together
+
+    with raise_together():
+        try:
+            yield
+        except OSError as error:
+            raise UserError(_describe(error)) from error
+
+
+def _describe(error: OSError) -> str:
+    return f"{os.fsdecode(error.filename)}: {error.strerror}" if error.filename is not None else str(error)
 
 
 def training_arguments(options: Options, ds_config: dict[str, Any] | None, use_cpu: bool) -> TrainingArguments:
@@ -112,8 +152,25 @@ def training_arguments(options: Options, ds_config: dict[str, Any] | None, use_c
     )
 
 
-def load_data(options: Options, args: TrainingArguments) -> tuple[PreTrainedTokenizerBase, dict[str, Any]]:
-    """Tokenizer and packed datasets, `train_dataset` and `eval_dataset`: packed by one rank, mapped by all."""
+def run_settings(options: Options, ds_config: dict[str, Any] | None, args: TrainingArguments) -> dict[str, Any]:
+    """What a run that goes on from a checkpoint must have in common with it, but for the data."""
+    from microadam_dist import MicroAdamConfig
+
+    optimizer = ds_config["optimizer"] if ds_config and "optimizer" in ds_config else {}
+    kind = options.optimizer.value if options.optimizer else str(optimizer.get("type")).lower()
+    params = {name: getattr(options, name) for name in ("lr", "betas", "eps", "weight_decay")}
+    if kind == "microadam":
+        config = MicroAdamConfig.from_dict(optimizer.get("params", options.microadam_settings))
+        params |= {"correction": config.correction, "rounding": config.rounding}  # others decide shapes: see checkpoint
+    samples = args.world_size * args.train_batch_size * args.gradient_accumulation_steps
+    return resume.run_settings(options, params, kind, samples)
+
+
+def load_data(options: Options, args: TrainingArguments) -> tuple[PreTrainedTokenizerBase, dict[str, Any], str]:
+    """Tokenizer, packed datasets and what they were made of.
+
+    The datasets are `train_dataset` and `eval_dataset`, packed by one rank and mapped by all.
+    """
     from training.packing import PackedBlocks, load_tokenizer, write_blocks
 
     tokenizer = load_tokenizer(options.tokenizer or options.model)
@@ -122,7 +179,9 @@ def load_data(options: Options, args: TrainingArguments) -> tuple[PreTrainedToke
         if args.local_process_index == 0:
             heldout = options.eval_data or options.eval_fraction
             write_blocks(folder, tokenizer, options.seq_len, options.data, heldout)
-    return tokenizer, {f"{split}_dataset": PackedBlocks(folder / f"{split}.npy") for split in ("train", "eval")}
+    datasets = {f"{split}_dataset": PackedBlocks(folder / f"{split}.npy") for split in ("train", "eval")}
+    digest = (folder / "train.sha256").read_text(encoding="utf-8")
+    return tokenizer, datasets, f"{' '.join(options.data)}, sha256 {digest[:16]}"
 
 
 def build_trainer(
@@ -136,7 +195,7 @@ def build_trainer(
     from transformers import ProgressCallback, Trainer
 
     from microadam_dist.integrations.sharded import ShardedStateMixin
-    from training.callbacks import EvaluateAtEnd, MarkComplete
+    from training.callbacks import EvaluateAtEnd
 
     class MicroAdamTrainer(ShardedStateMixin, Trainer):
         """Its checkpoints hold the optimizer's state under FSDP1 and --shard-state, too."""
@@ -153,7 +212,7 @@ def build_trainer(
         args=args,
         processing_class=tokenizer,
         optimizer_cls_and_kwargs=optimizer_and_settings(options) if options.optimizer else None,
-        callbacks=[EvaluateAtEnd(), MarkComplete()],
+        callbacks=[EvaluateAtEnd()],
         **datasets,
     )
     trainer.remove_callback(ProgressCallback)
@@ -193,40 +252,26 @@ def optimizer_and_settings(options: Options) -> tuple[type, dict[str, Any]]:
     return MicroAdam, kwargs | options.microadam_settings
 
 
-def find_checkpoint(options: Options) -> str | None:
-    """Checkpoint folder to resume from; None to start anew.
-
-    Raises:
-        UserError: there is none, or the run is finished.
-    """
-    if options.resume is None:
-        return None
-    from training.callbacks import has_steps_left, last_complete_checkpoint
-
-    if options.resume == "last":
-        checkpoint = last_complete_checkpoint(options.output, options.steps)
-        if checkpoint is None:
-            console.print(f"No checkpoint with steps left in {options.output}: starting anew.")
-        return checkpoint and str(checkpoint)
-    checkpoint = Path(options.resume)
-    if not (checkpoint / "trainer_state.json").is_file():
-        raise UserError(f"--resume {options.resume}: no checkpoint found (was the run started with --save-steps?)")
-    if not has_steps_left(checkpoint, options.steps):
-        raise UserError(f"--resume {options.resume}: that run is finished; give more --steps to go on")
-    return options.resume
-
-
 def main(**values: Any) -> None:
     """Fully fine-tune a causal language model with MicroAdam, or with AdamW to compare."""
+    options = Options(**values)
     try:
-        train(Options(**values))
+        train(options)
+    except UserError as error:
+        fail(str(error))
+    except OSError as error:
+        fail(_describe(error), everywhere=True)
     except Exception as error:
         from microadam_dist.errors import MicroAdamError
 
-        if not isinstance(error, (UserError, MicroAdamError)):
-            raise
-        Console(stderr=True, quiet=not IS_RANK_0).print(f"[bold red]Error:[/] {escape(str(error))}")
-        raise typer.Exit(2) from None
+        if isinstance(error, MicroAdamError):
+            fail(str(error))
+        if type(error).__name__ == "ValidationError" and options.deepspeed:  # pydantic's, from DeepSpeed
+            wrong = "; ".join(f"{'.'.join(map(str, part['loc']))}: {part['msg']}" for part in error.errors())
+            fail(f"{options.deepspeed}: {error.title}: {wrong}")
+        if options.output.exists() and shutil.disk_usage(options.output).free < 1 << 20:
+            fail(f"--output {options.output}: no space left on its disk ({error})", everywhere=True)
+        raise
 
 
 # Typer reads the options from the signature: the fields of `Options`.
@@ -235,5 +280,5 @@ main.__annotations__ = typing.get_type_hints(Options, include_extras=True)
 
 if __name__ == "__main__":
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(main)
+    app.command(cls=OneLineErrors)(main)
     app()

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from microadam_dist.bench.measure import describe
 from microadam_dist.bench.workload import ROW_NUMEL, parse_numel, parse_setting
+from microadam_dist.cli.settings import with_percent
 from microadam_dist.deepspeed import disable_shm_allreduce
 from microadam_dist.diagnostics.environment import versions
 from microadam_dist.errors import ConfigError, MicroAdamError
@@ -158,7 +159,7 @@ def main(
         size = parse_numel(numel).numel
         if size % (NUM_MATRICES * ROW_NUMEL):
             raise ConfigError(f"--numel {numel}: expected a multiple of {NUM_MATRICES * ROW_NUMEL}.")
-        chosen = optimizers(settings, deepspeed_cpu_adam)
+        chosen = optimizers(",".join(map(with_percent, settings.split(","))), deepspeed_cpu_adam)
     except MicroAdamError as error:
         console.print(f"[red]error:[/] {error}", highlight=False)
         raise typer.Exit(1) from None

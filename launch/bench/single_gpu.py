@@ -37,7 +37,7 @@ from microadam_dist.planner.shapes import read_shape  # noqa: E402
 from training.callbacks import OptimizerClock, release_timed  # noqa: E402
 from training.errors import UserError  # noqa: E402
 from training.model import LOSS_CHUNK, has_liger, load_model  # noqa: E402
-from training.options import Options, resolve  # noqa: E402
+from training.options import Options, fraction, resolve  # noqa: E402
 from training.packing import byte_tokenizer  # noqa: E402
 from training.summary import versions  # noqa: E402
 
@@ -211,7 +211,9 @@ def main(
     model: Annotated[str, typer.Option(help=f"{', '.join(MODELS)}, or a config.json.")],
     optimizer: Annotated[Choice, typer.Option(help="adamw and adamw8bit release gradients, too.")] = Choice.microadam,
     window_size: Annotated[int, typer.Option(help="Of MicroAdam.")] = MicroAdamConfig.window_size,
-    density: Annotated[float, typer.Option(help="Of MicroAdam.")] = MicroAdamConfig.density,
+    density: Annotated[
+        float, typer.Option(parser=fraction, metavar="FRACTION", help="Of MicroAdam: 0.01 or 1%.")
+    ] = MicroAdamConfig.density,
     packed_window: Annotated[bool, typer.Option("--packed-window", help="Of MicroAdam.")] = False,
     steps: Annotated[int, typer.Option(min=1, help="Timed steps, after those that fill the window.")] = 50,
     seq: Annotated[int, typer.Option(min=2, help="Tokens of a sequence.")] = 2048,

@@ -16,7 +16,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from microadam_dist import MicroAdam, release_gradients
 
-COMPLETE = "complete"
+from .errors import UserError
+from .resume import COMPLETE, SETTINGS_FILE
 
 
 def base_optimizer(optimizer: Any) -> Optimizer:
@@ -124,28 +125,40 @@ class EvaluateAtEnd(TrainerCallback):
 
 
 class MarkComplete(TrainerCallback):
-    """Leaves a marker in a checkpoint once every rank has written its part: a run may be killed while it writes."""
+    """Leaves a marker in a checkpoint once every rank has written its part: a run may be killed while it writes.
+
+    Args:
+        settings: What the run was started with, which is written beside it.
+    """
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.settings = settings
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
         if state.is_world_process_zero:
-            (Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / COMPLETE).touch()
+            checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            (checkpoint / SETTINGS_FILE).write_text(json.dumps(self.settings, indent=1) + "\n", encoding="utf-8")
+            (checkpoint / COMPLETE).touch()
 
 
-def last_complete_checkpoint(folder: Path, num_steps: int | None) -> Path | None:
-    """The newest checkpoint in a run's folder that `MarkComplete` has marked and that has steps left."""
-    found = {int(path.parent.name.rsplit("-")[-1]): path.parent for path in folder.glob(f"*-*/{COMPLETE}")}
-    return next((found[step] for step in sorted(found, reverse=True) if has_steps_left(found[step], num_steps)), None)
+class NewLearningRate(TrainerCallback):
+    """Puts another peak learning rate into what was resumed, whose schedule goes on: `--override lr`."""
 
+    def __init__(self, lr: float) -> None:
+        self.lr = lr
 
-def has_steps_left(checkpoint: Path, num_steps: int | None) -> bool:
-    """Whether a run of ``num_steps`` (None: of as many as before) goes on after a checkpoint.
-
-    Trainer takes one more step when it is resumed from the last one.
-    """
-    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    return state["global_step"] < (num_steps or state["max_steps"])
+    def on_train_begin(self, *_: Any, lr_scheduler: Any, **__: Any) -> None:
+        while hasattr(lr_scheduler, "scheduler"):  # under the wrappers of Accelerate
+            lr_scheduler = lr_scheduler.scheduler
+        if not hasattr(lr_scheduler, "lr_lambdas"):
+            raise UserError("--override lr: the schedule is the DeepSpeed JSON's, and goes on as it was")
+        groups = lr_scheduler.optimizer.param_groups
+        lr_scheduler.base_lrs = [self.lr] * len(groups)
+        for group, factor in zip(groups, lr_scheduler.lr_lambdas, strict=True):
+            group["initial_lr"], group["lr"] = self.lr, self.lr * factor(lr_scheduler.last_epoch)
+        lr_scheduler._last_lr = [group["lr"] for group in groups]  # what is logged
 
 
 class LossProgress(ProgressCallback):

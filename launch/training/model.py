@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 from typing import TYPE_CHECKING
 
 from .errors import UserError
+from .json_files import read_json
 from .options import Dtype, Options
 
 if TYPE_CHECKING:  # imported where they are used: torch and transformers take seconds
@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # imported where they are used: torch and transformers take s
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 LOSS_CHUNK = 512  # of a 7B Llama, so that recomputing one of its layers takes more memory than the logits
+MAX_REASON = 300  # characters: transformers lists all kinds of models that it knows
 SHARD_SIZE = "2GB"  # of a file of the weights
 
 
@@ -37,13 +38,16 @@ def load_model(options: Options, tokenizer: PreTrainedTokenizerBase, device: tor
     try:
         with device if options.single_gpu else contextlib.nullcontext():
             if options.model_config:
-                fields = json.loads(options.model_config.read_text(encoding="utf-8"))
+                fields = read_json(options.model_config)
                 config = AutoConfig.for_model(fields.pop("model_type"), **fields)
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype, **attention)
             else:
                 model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype, **attention)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot make a causal language model from '{source}': {error}") from None
+    except UserError:
+        raise
+    except Exception as error:  # transformers and its configurations raise many kinds
+        reason = f"{error}" if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        raise UserError(f"cannot make a causal language model from '{source}': {reason[:MAX_REASON]}") from None
     if len(tokenizer) > model.config.get_text_config().vocab_size:
         raise UserError(f"the tokenizer has {len(tokenizer)} tokens, more than the vocab_size of '{source}'")
     if options.single_gpu:  # safetensors gathers a file on the host: not the whole model at once

@@ -4,16 +4,16 @@ Imports neither torch nor transformers, so that `--help` and a mistyped path ans
 """
 
 import dataclasses
-import json
 import os
 from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from typer import Option
+from typer import BadParameter, Option
 
 from .errors import UserError
+from .json_files import read_deepspeed, read_number
 
 
 class OptimizerName(str, Enum):
@@ -54,6 +54,28 @@ class Dtype(str, Enum):
     fp16 = "fp16"
 
 
+class Override(str, Enum):
+    """What may be another than in the checkpoint that a run goes on from."""
+
+    lr = "lr"
+    schedule = "schedule"
+    warmup = "warmup"
+    seq_len = "seq-len"
+    data = "data"
+    model = "model"
+    seed = "seed"
+    batch = "batch"
+
+
+def fraction(text: str | float) -> float:
+    """``1%`` and ``0.01`` are the same."""
+    text = str(text).strip()
+    try:
+        return float(f"{text[:-1]}e-2" if text.endswith("%") else text)
+    except ValueError:
+        raise BadParameter(f"{text!r} is no fraction: expected a number such as 0.01 or 1%.") from None
+
+
 _model, _data, _optimizer, _run, _output = (
     partial(Option, rich_help_panel=panel) for panel in ("Model", "Data", "Optimizer", "Run", "Output")
 )
@@ -77,7 +99,9 @@ class Options:
         ),
     ]
     eval_data: Annotated[list[str] | None, _data(help="Held-out text, same forms as --data.")] = None
-    eval_fraction: Annotated[float, _data(help="Without --eval-data: held-out tail of the data.")] = 0.05
+    eval_fraction: Annotated[
+        float, _data(parser=fraction, metavar="FRACTION", help="Without --eval-data: held-out tail of the data.")
+    ] = 0.05
     seq_len: Annotated[int, _data(min=2, help="Tokens in a packed sequence.")] = 1024
     optimizer: Annotated[
         OptimizerName | None,
@@ -91,7 +115,10 @@ class Options:
     betas: Annotated[tuple[float, float] | None, _optimizer(help="Default 0.9 0.999.")] = None
     eps: Annotated[float | None, _optimizer(help="Default 1e-8.")] = None
     window_size: Annotated[int | None, _optimizer(help="MicroAdam: sparse gradients kept. Default 1.")] = None
-    density: Annotated[float | None, _optimizer(help="MicroAdam: kept fraction of a gradient. Default 0.1.")] = None
+    density: Annotated[
+        float | None,
+        _optimizer(parser=fraction, metavar="FRACTION", help="MicroAdam: kept of a gradient. Default 0.1, or 10%."),
+    ] = None
     block_size: Annotated[int | None, _optimizer(help="MicroAdam: elements in a Top-K block. Default 4096.")] = None
     bucket_size: Annotated[int | None, _optimizer(help="MicroAdam: elements sharing one scale. Default 64.")] = None
     packed_window: Annotated[
@@ -152,6 +179,13 @@ class Options:
     loss_chunk: Annotated[int | None, _run(min=1, help="One process: tokens whose logits exist at a time.")] = None
     seed: Annotated[int, _run()] = 0
     resume: Annotated[str | None, _run(help="A checkpoint folder, or 'last': newest one in --output, if any.")] = None
+    override: Annotated[
+        list[Override] | None,
+        _run(help="With --resume: what is meant to be another than in the checkpoint; repeatable."),
+    ] = None
+    overwrite: Annotated[
+        bool, _run("--overwrite", help="Remove the checkpoints and weights of another run from --output.")
+    ] = False
     output: Annotated[Path, _output(help="Folder for final weights, metrics and logs.")]
     eval_steps: Annotated[int | None, _output(min=1, help="Held-out loss every N steps too.")] = None
     save_steps: Annotated[int | None, _output(min=1, help="Checkpoint every N steps too.")] = None
@@ -208,8 +242,12 @@ def resolve(options: Options) -> tuple[Options, dict[str, Any] | None]:
         UserError: a missing file, or an option that contradicts another or the DeepSpeed JSON.
     """
     _check_files(options)
+    if options.override and options.resume is None:
+        raise UserError("--override is for a run that goes on: give --resume, too, or drop it")
+    if options.overwrite and options.resume == "last":
+        raise UserError("--overwrite removes what --resume last goes on from: give one of them")
     options = _resolve_one_process(options)
-    config = _read_json(options.deepspeed) if options.deepspeed else None
+    config = read_deepspeed(options.deepspeed) if options.deepspeed else None
     optimizer = config.setdefault("optimizer", {}) if config and "optimizer" in config else None
     values: dict[str, Any] = {"dtype": _dtype(options, config)}
     if optimizer is None:
@@ -280,16 +318,6 @@ def _check_files(options: Options) -> None:
         raise UserError(f"--eval-fraction {options.eval_fraction}: expected a number between 0 and 1")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return content
-
-
 def _dtype(options: Options, config: dict[str, Any] | None) -> Dtype:
     """The DeepSpeed JSON's precision where it states one, else the option's."""
     if config is None:
@@ -342,7 +370,7 @@ def _merge(
     if fixed == "auto":
         node[key] = list(value) if isinstance(value, tuple) else value
         return value
-    fixed = tuple(fixed) if isinstance(fixed, list) else fixed
+    fixed = read_number(options.deepspeed, keys, fixed, type(defaults[name]))
     if given is not None and given != fixed:
         raise _contradiction(options, name, given, fixed)
     return fixed

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -21,9 +21,10 @@ PACKAGES = ("microadam-dist", "torch", "deepspeed", "transformers", "accelerate"
 
 @dataclass(frozen=True)
 class StateUse:
-    """Optimizer state as allocated, summed over ranks; a replicated state counts once for each rank.
+    """Optimizer state as allocated, but for the counters of steps.
 
-    The sparse and dense path apart (bytes per parameter of that path) only for MicroAdam.
+    Bytes are those of all ranks, a copy on each rank counts for each; parameters count once. So the bytes per parameter
+    of the whole lie between those of the sparse and the dense path, which are given apart only for MicroAdam.
     """
 
     state_bytes: int
@@ -87,21 +88,37 @@ def collect(
 
 
 def state_use(trainer: Trainer, optimizer: torch.optim.Optimizer, num_params: int) -> StateUse:
-    """Count the bytes of every tensor in the optimizer's state, over all ranks."""
-    tensors = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
-    local = [getattr(tensor, "_local_tensor", tensor) for tensor in tensors]  # a DTensor counts all ranks' bytes
-    total = sum(_gather(trainer, sum(tensor.nbytes for tensor in local)))
-    paths: dict[str, Any] = {}
+    """Count the bytes of the optimizer's state over all ranks."""
     if hasattr(optimizer, "state_bytes"):
-        sparse_numel, sparse_bytes, dense_numel, dense_bytes = (
-            sum(_gather(trainer, count)) for count in optimizer.state_bytes()
-        )
-        paths = {
-            "sparse_bytes_per_param": sparse_bytes / sparse_numel if sparse_numel else None,
-            "dense_bytes_per_param": dense_bytes / dense_numel if dense_numel else None,
-            "dense_params": dense_numel,
-        }
-    return StateUse(total, total / num_params, **paths)
+        return paths_use([sum(_gather(trainer, count)) for count in optimizer.state_bytes()], num_params)
+    tensors = [
+        getattr(value, "_local_tensor", value)  # a DTensor counts all ranks' bytes
+        for state in optimizer.state.values()
+        for name, value in state.items()
+        if torch.is_tensor(value) and name != "step"
+    ]
+    total = sum(_gather(trainer, sum(tensor.nbytes for tensor in tensors)))
+    return StateUse(total, total / num_params)
+
+
+def paths_use(sums: Sequence[int], num_params: int) -> StateUse:
+    """The state of MicroAdam.
+
+    Args:
+        sums: `StateBytes` of all ranks together.
+        num_params: Each once.
+    """
+    sparse_numel, sparse_bytes, dense_numel, dense_bytes = sums
+    copies = max(1, round((sparse_numel + dense_numel) / num_params))  # under DDP every rank has all of it
+    sparse_params, dense_params = sparse_numel // copies, dense_numel // copies
+    total = sparse_bytes + dense_bytes
+    return StateUse(
+        total,
+        total / num_params,
+        sparse_bytes / sparse_params if sparse_params else None,
+        dense_bytes / dense_params if dense_params else None,
+        dense_params,
+    )
 
 
 def _gather(trainer: Trainer, value: int) -> list[int]:

@@ -1,14 +1,18 @@
 """Rewrites a ZeRO checkpoint for another number of ranks, offline; `engine.load_checkpoint` then reads it as its own.
 
 One rank's tensors at a time are built in files that are mapped into memory, so what is resident is what is being
-copied.
+copied. Their room is taken from the disk before they are mapped: writing to a map that has none ends the process.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,35 +56,67 @@ def reshard_checkpoint(
         (parameter, start, end) of the blocks that were cut in another way and had to be rebuilt; all else is exact.
 
     Raises:
-        ConfigError: The number of ranks or the target folder cannot be used.
+        ConfigError: The number of ranks or the target folder cannot be used, or the disk has no room.
         CheckpointMismatchError: The source is damaged, or no checkpoint that needs or allows resharding.
     """
     if world_size < 1:
         raise ConfigError(f"world size {world_size}: expected at least 1.")
-    target = Path(target)
+    source, target = Path(source), Path(target)
     if target.exists():
         raise ConfigError(f"{target} exists already; give a new folder.")
     checkpoint = read_checkpoint(source, tag)
     with in_file(checkpoint.folder):
         writer = _Writer(checkpoint, world_size)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as unfinished:
-        folder = Path(unfinished) / "checkpoint" / checkpoint.folder.name
+        needed = writer.needed_bytes()
+    others = [path for path in source.iterdir() if path.is_file() and path.name != "latest"]
+    _require_room(target, needed + sum(path.stat().st_size for path in others))
+    with _unfinished(target) as unfinished:
+        folder = unfinished / "checkpoint" / checkpoint.folder.name
         folder.mkdir(parents=True)
         for rank in range(world_size):
             progress("writing", rank, world_size)
-            with tempfile.TemporaryDirectory(dir=unfinished) as scratch:
-                with in_file(checkpoint.folder):
-                    writer.write_rank(rank, folder, Path(scratch))
+            writer.write_rank(rank, folder)
         progress("writing", world_size, world_size)
         (folder.parent / "latest").write_text(checkpoint.folder.name)
         rebuilt = writer.resharder.rebuilt
         _verify(checkpoint, read_checkpoint(folder.parent), rebuilt, progress)
-        for path in Path(source).iterdir():  # Trainer's own, so that it takes the result for a checkpoint
-            if path.is_file() and path.name != "latest":
-                shutil.copy2(path, folder.parent / path.name)
+        for path in others:  # Trainer's own, so that it takes the result for a checkpoint
+            shutil.copy2(path, folder.parent / path.name)
         folder.parent.rename(target)
     return rebuilt
+
+
+def _require_room(target: Path, needed: int) -> None:
+    disk = next(parent for parent in target.absolute().parents if parent.exists())
+    free = shutil.disk_usage(disk).free
+    if needed > free:
+        raise ConfigError(
+            f"{target} needs {needed / 2**20:,.1f} MiB while it is made, and {free / 2**20:,.1f} MiB are free in "
+            f"{disk}. Free some, or give a folder on another disk."
+        )
+
+
+@contextlib.contextmanager
+def _unfinished(target: Path) -> Iterator[Path]:
+    """A folder beside ``target`` for what is not complete; nothing of it is left, nor of folders made for it.
+
+    Raises:
+        ConfigError: It cannot be written.
+    """
+    made = [parent for parent in target.absolute().parents if not parent.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
+            yield Path(folder)
+    except OSError as error:
+        raise ConfigError(
+            f"{target} cannot be written: {error.strerror or error}. Nothing was left behind, and what was read is as "
+            "it was."
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):  # not empty: it is complete
+            for parent in made:
+                parent.rmdir()
 
 
 class _Writer:
@@ -106,8 +142,34 @@ class _Writer:
             )
         self.sub_group_size = int(float(config.get("sub_group_size", _DEFAULT_SUB_GROUP_SIZE)))
 
-    def write_rank(self, rank: int, folder: Path, scratch: Path) -> None:
+    def needed_bytes(self) -> int:
+        """Room on the disk, at least: for the files, and for the tensors of one rank of either side beside them."""
+        new = [
+            sum(
+                _num_bytes(StateLayout(shard.spans, config), shard.numel, self._weights_dtype) for shard, config in rank
+            )
+            for rank in (self._shards(rank) for rank in range(self.world_size))
+        ]
+        read_back = [
+            _num_bytes(s.layout, len(s.weights), s.weights.dtype) for rank in self.checkpoint.shards for s in rank
+        ]
+        models = sum(path.stat().st_size for path in self.checkpoint.folder.glob("*_model_states.pt"))
+        return sum(new) + max(*new, *read_back) + models
+
+    def write_rank(self, rank: int, folder: Path) -> None:
         """Write the optimizer file of a rank, and its model file (stage 3: each rank, else the first)."""
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            with in_file(self.checkpoint.folder):
+                optim = self._optimizer_file(rank, Path(scratch))
+                model = self._model_file(rank)
+            prefix = "bf16_" if "bf16" in optim["ds_config"] and optim["ds_config"]["bf16"].get("enabled") else ""
+            _save(optim, folder / f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+            if self.checkpoint.stage == 3:
+                _save(model, folder / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
+            elif rank == 0:
+                _save(model, folder / "mp_rank_00_model_states.pt")
+
+    def _optimizer_file(self, rank: int, scratch: Path) -> dict[str, Any]:
         weights, states, layouts, paddings = [], {}, {}, []
         for index, (shard, config) in enumerate(self._shards(rank)):
             layout = layouts[index] = StateLayout(shard.spans, config)
@@ -134,16 +196,12 @@ class _Writer:
             zero["group_paddings"] = paddings
             zero["partition_count"] = [self.world_size] * len(weights)
             zero.pop("param_slice_mappings", None)  # for universal checkpoints only, which hold no state of ours
-        prefix = "bf16_" if "bf16" in optim["ds_config"] and optim["ds_config"]["bf16"].get("enabled") else ""
-        torch.save(optim, folder / f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
-        self._write_model_file(rank, folder)
+        return optim
 
-    def _write_model_file(self, rank: int, folder: Path) -> None:
+    def _model_file(self, rank: int) -> dict[str, Any]:
         model = {**self.checkpoint.model_states[0], "dp_world_size": self.world_size}
         if self.checkpoint.stage < 3:
-            if rank == 0:
-                torch.save(model, folder / "mp_rank_00_model_states.pt")
-            return
+            return model
         whole = self.checkpoint.frozen_parameters()
         fragments = {}
         for name, shape in (model["frozen_param_shapes"] or {}).items():
@@ -153,7 +211,7 @@ class _Writer:
             )
             fragments[name] = padded[rank * share : (rank + 1) * share].clone()
         model["frozen_param_fragments"] = fragments
-        torch.save(model, folder / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
+        return model
 
     @property
     def _weights_dtype(self) -> torch.dtype:
@@ -208,10 +266,34 @@ class _Writer:
         return groups
 
 
+def _save(content: Mapping[str, Any], path: Path) -> None:
+    """`torch.save`, which does not say that it is the disk.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    try:
+        torch.save(content, path)
+    except RuntimeError as error:
+        full = shutil.disk_usage(path.parent).free < 1 << 20
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if full else OSError(errno.EIO, str(error)) from error
+
+
+def _num_bytes(layout: StateLayout, numel: int, dtype: torch.dtype) -> int:
+    return layout.sparse_bytes + layout.dense_bytes + numel * dtype.itemsize
+
+
 def _file_tensor(path: Path, numel: int, dtype: torch.dtype) -> Tensor:
-    """A zeroed tensor in a file, so that its memory can be reclaimed."""
+    """A zeroed tensor in a file, so that its memory can be reclaimed.
+
+    Raises:
+        OSError: There is no room for it.
+    """
     if numel == 0:
         return torch.zeros(0, dtype=dtype)
+    if sys.platform == "linux":  # elsewhere only `_require_room` has looked
+        with path.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, numel * dtype.itemsize)
     return torch.from_file(str(path), shared=True, size=numel, dtype=dtype)
 
 
@@ -241,20 +323,27 @@ def _verify(
     for number, shard in enumerate(shards):
         progress("verifying", number, len(shards))
         with tempfile.TemporaryDirectory(dir=written.folder.parent.parent) as scratch:
-            weights = _file_tensor(Path(scratch) / "weights", shard.weights.numel(), shard.weights.dtype)
-            weights.copy_(shard.weights)  # the padding
-            resharder.weights(shard.layout, weights)
-            state = resharder.state(shard.layout, _allocator(Path(scratch) / "state"))
-            differing = [] if same_bits(weights, shard.weights) else ["weights"]
-            assert shard.state is not None and state is not None  # neither was saved before the first step
-            ignored = _StateMask(shard.layout, [*rebuilt, *resharder.rebuilt])
-            differing += [name for name in state if not ignored.equal(name, state[name], shard.state[name])]
+            differing = _differences(shard, resharder, rebuilt, Path(scratch))
         if differing:
             raise CheckpointMismatchError(
                 f"verification failed: {', '.join(differing)} of {shard.origin} cannot be read back from what was "
                 "written. Nothing was left behind; check the disk and try again."
             )
     progress("verifying", len(shards), len(shards))
+
+
+def _differences(
+    shard: SourceShard, resharder: Resharder, rebuilt: Sequence[tuple[str, int, int]], scratch: Path
+) -> list[str]:
+    """The tensors of a shard of the source that are not the same when they are cut from what was written."""
+    weights = _file_tensor(scratch / "weights", shard.weights.numel(), shard.weights.dtype)
+    weights.copy_(shard.weights)  # the padding
+    resharder.weights(shard.layout, weights)
+    state = resharder.state(shard.layout, _allocator(scratch / "state"))
+    assert shard.state is not None and state is not None  # neither was saved before the first step
+    ignored = _StateMask(shard.layout, [*rebuilt, *resharder.rebuilt])
+    differing = [] if same_bits(weights, shard.weights) else ["weights"]
+    return differing + [name for name in state if not ignored.equal(name, state[name], shard.state[name])]
 
 
 class _StateMask:

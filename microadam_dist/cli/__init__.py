@@ -13,4 +13,4 @@ def main() -> None:
         if error.name not in ("typer", "rich"):
             raise
         sys.exit(f"microadam: {error.name} is missing; pip install 'microadam-dist[cli]'")
-    app()
+    app(prog_name="microadam")

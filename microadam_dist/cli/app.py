@@ -3,41 +3,36 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from typer.core import TyperGroup
 
 from ..checkpoint.deepspeed_reshard import reshard_checkpoint
 from ..diagnostics.environment import backends, chosen, versions
 from ..diagnostics.report import write_report
-from ..errors import MicroAdamError
 from .bench import app as bench
+from .output import OneLineErrors, console, tables, write_json
 from .plan import plan
 
-console = Console(stderr=True)
-
-
-class _Commands(TyperGroup):
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except (MicroAdamError, OSError) as error:
-            console.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-            raise typer.Exit(1) from None
-
-
-app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+app = typer.Typer(cls=OneLineErrors, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 app.add_typer(bench, name="bench")
 app.command()(plan)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"microadam {versions()['microadam-dist']}")
+        raise typer.Exit()
+
+
 @app.callback()
-def microadam() -> None:
+def microadam(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None:
     """Tools for MicroAdam: Adam with 0.56 bytes of optimizer state per parameter."""
 
 
@@ -50,7 +45,7 @@ def reshard(
 ) -> None:
     """Rewrite a ZeRO-1, 2 or 3 checkpoint for another number of ranks."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console) as bar:
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         tasks: dict[str, TaskID] = {}
 
         def progress(what: str, done: int, total: int) -> None:
@@ -59,7 +54,8 @@ def reshard(
             bar.update(tasks[what], completed=done)
 
         rebuilt = reshard_checkpoint(source, target, world_size, tag, progress)
-    console.print(f"{target}: {world_size} ranks, verified. Exact but for {len(rebuilt)} blocks cut in another way.")
+    cut = f"Exact but for {len(rebuilt)} blocks cut in another way."
+    console.print(f"{target}: {world_size} ranks, verified. {cut}", highlight=False, soft_wrap=True)
     for fqn, start, end in rebuilt[:10]:
         console.print(f"  {fqn} [{start}, {end})", highlight=False)
     if len(rebuilt) > 10:
@@ -80,14 +76,21 @@ def report(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write it to this file; - is standard output.")
+    ] = None,
+) -> None:
     """Show versions, the backends this machine can use, and which one takes the step."""
+    found = {"versions": versions(), "backends": backends(), "auto": chosen()}
     table = Table(show_header=False, box=None)
-    for name, found in versions().items():
-        table.add_row(name, found)
+    for name, version in found["versions"].items():
+        table.add_row(name, version)
     table.add_section()
-    for name, found in backends().items():
-        table.add_row(f"backend {name}", found)
-    for device, backend in chosen().items():
+    for name, usable in found["backends"].items():
+        table.add_row(f"backend {name}", usable)
+    for device, backend in found["auto"].items():
         table.add_row(f'backend="auto" on {device}', backend)
-    Console().print(table)
+    tables(json_file).print(table)
+    if json_file:
+        write_json(found, json_file)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -27,9 +26,10 @@ from ..bench.plot import plot
 from ..bench.workload import Workload, parse_dtype, parse_model, parse_numel, parse_setting
 from ..diagnostics.environment import versions
 from ..errors import BackendUnavailableError, ConfigError
+from .output import console, require_writable, tables, write_json
+from .settings import with_percent
 
 app = typer.Typer(no_args_is_help=True, help="Optimizer steps side by side in one process.")
-console = Console(stderr=True)
 
 
 class Device(str, Enum):
@@ -46,7 +46,7 @@ def step(
     model: Annotated[str, typer.Option(help="Tensors of these Llamas instead of --numel: 7b, 13b, 8b.")] = "",
     dtype: Annotated[str, typer.Option(help="Of weights and gradients: fp32, bf16, fp16.")] = "fp32,bf16",
     settings: Annotated[
-        str, typer.Option(help="MicroAdam's window_size/density[/packed][/nearest].")
+        str, typer.Option(help="MicroAdam's window_size/density[/packed][/nearest]; 10/1% is 10/0.01.")
     ] = "10/1%,2/5%,1/10%",
     weight_decay: Annotated[float, typer.Option(help="Of all optimizers.")] = 0.01,
     isa: Annotated[str, typer.Option(help="Instruction sets of the CPU kernel; default: the best one.")] = "",
@@ -57,7 +57,9 @@ def step(
     in_backward: Annotated[
         bool, typer.Option("--in-backward", help="Also MicroAdam tensor by tensor, as with released gradients.")
     ] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the results to this file; - is standard output.")
+    ] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw time against size to this file.")] = None,
 ) -> None:
     """Time optimizer steps: MicroAdam, torch's AdamW and others, and a plain copy.
@@ -69,16 +71,17 @@ def step(
         torch.set_num_threads(threads)
     workloads = [parse_model(x) for x in _list(model)] or [parse_numel(x) for x in _list(numel)]
     dtypes = {x: parse_dtype(x) for x in _list(dtype)}
-    configs = {x: parse_setting(x, weight_decay) for x in _list(settings)}
+    configs = {x: parse_setting(x, weight_decay) for x in map(with_percent, _list(settings))}
     if not (workloads and dtypes and configs):
         raise ConfigError("there is nothing to measure: --numel, --dtype and --settings each need a value.")
     if plot_file and find_spec("matplotlib") is None:
         raise ConfigError("--plot needs matplotlib: pip install 'microadam-dist[bench]'.")
+    require_writable(json_file, plot_file)
     comparison = Comparison(_usable(device), configs, _usable_isas(isa, device), reference, deepspeed, in_backward)
     cases = list(product(workloads, dtypes.items()))
     _require_memory(cases, comparison)
     rows, missing = _run(cases, comparison, repeats)
-    _print(rows, missing, shows_host=device is Device.cuda)
+    _print(rows, missing, tables(json_file), shows_host=device is Device.cuda)
     machine = describe(comparison.device)
     if json_file:
         result = {
@@ -88,7 +91,7 @@ def step(
             "not_measured": missing,
             "rows": [asdict(row) for row in rows],
         }
-        json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(result, json_file)
     if plot_file:
         plot(rows, f"{machine['name']}, {machine.get('threads', 1)} threads", plot_file)
 
@@ -156,8 +159,7 @@ def _run(
     return rows, missing
 
 
-def _print(rows: Sequence[Row], missing: dict[str, str], *, shows_host: bool) -> None:
-    output = Console()
+def _print(rows: Sequence[Row], missing: dict[str, str], output: Console, *, shows_host: bool) -> None:
     host_note = "; host: us until a step returns" if shows_host else ""
     for (workload, dtype), members in groupby(rows, key=lambda row: (row.workload, row.dtype)):
         table = Table(

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from rich.console import Console
 from rich.table import Table
 from typer import Option
 
@@ -18,6 +16,8 @@ from ..planner.engines import Dtype, Engine
 from ..planner.gpus import CONTEXT_BYTES, FRAGMENTATION, GIB, GPUS, needed_bytes, smallest_gpu
 from ..planner.memory import Job, Optimizer, Plan, make_plan
 from ..planner.shapes import BUILT_IN_NAMES, LLAMAS, SUPPORTED_MODEL_TYPES, LlamaShape, numel, read_shape
+from .output import tables, write_json
+from .settings import parse_density
 
 # Parts of a plan in the order in which the table and the picture show them; the last ones are of the step.
 RESIDENT = {"weights": "weights", "master": "master weights", "optimizer_state": "optimizer state"}
@@ -48,7 +48,9 @@ def plan(
     seq: Annotated[int, Option(min=1, help="Tokens in a sequence.")] = 2048,
     batch: Annotated[int, Option(min=1, help="Sequences per rank and micro-batch.")] = 1,
     window_size: Annotated[int, Option(help="MicroAdam: sparse gradients kept.")] = DEFAULTS.window_size,
-    density: Annotated[float, Option(help="MicroAdam: kept fraction of a gradient.")] = DEFAULTS.density,
+    density: Annotated[
+        float, Option(parser=parse_density, metavar="FRACTION", help="MicroAdam: kept of a gradient, 0.01 or 1%.")
+    ] = DEFAULTS.density,
     block_size: Annotated[int, Option(help="MicroAdam: elements in a Top-K block.")] = DEFAULTS.block_size,
     bucket_size: Annotated[int, Option(help="MicroAdam: elements sharing one scale.")] = DEFAULTS.bucket_size,
     ef_bits: Annotated[int, Option(help="MicroAdam: bits of the error feedback.")] = DEFAULTS.ef_bits,
@@ -60,7 +62,9 @@ def plan(
     loss_chunk: Annotated[
         int | None, Option(min=1, help="Chunked cross entropy: tokens whose logits exist at a time.")
     ] = None,
-    json_file: Annotated[Path | None, Option("--json", metavar="FILE", help="Write all numbers, in bytes.")] = None,
+    json_file: Annotated[
+        Path | None, Option("--json", metavar="FILE", help="Write all numbers, in bytes; - is standard output.")
+    ] = None,
     plot_file: Annotated[Path | None, Option("--plot", metavar="FILE", help="Draw them (.png, .svg, .pdf).")] = None,
 ) -> None:
     """Show the memory a training run needs on each GPU, with MicroAdam, 8-bit AdamW and AdamW."""
@@ -80,9 +84,9 @@ def plan(
     )
     name, shape = find_model(model)
     plans = make_plan(shape, job)
-    Console().print(make_table(name, shape, job, plans))
+    tables(json_file).print(make_table(name, shape, job, plans))
     if json_file:
-        json_file.write_text(json.dumps(as_json(name, shape, job, plans), indent=2) + "\n", encoding="utf-8")
+        write_json(as_json(name, shape, job, plans), json_file)
     if plot_file:
         from ..planner.plot import draw
 

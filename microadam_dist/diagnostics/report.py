@@ -64,10 +64,7 @@ def write_report(folder: Path, file: Path) -> None:
         ConfigError: There are no metrics in the folder, or the picture cannot be written.
     """
     source = find_log(folder)
-    try:
-        history = json.loads(source.read_text(encoding="utf-8"))["log_history"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{source} is no log of Trainer: {error!r}") from None
+    history = read_history(source)
     if not any(key.startswith(PREFIX) for entry in history for key in entry):
         raise ConfigError(
             f"{source} has a log without MicroAdam's metrics. Train with `launch/train.py --metrics-every 50`, or with "
@@ -82,8 +79,27 @@ def write_report(folder: Path, file: Path) -> None:
             figure.savefig(file, dpi=150)
     except ModuleNotFoundError:
         raise ConfigError("microadam report needs matplotlib: pip install matplotlib") from None
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be written: {error.strerror}.") from None
+    except ValueError as error:
         raise ConfigError(f"{file}: {error}") from None
+
+
+def read_history(source: Path) -> list[dict[str, float]]:
+    """What is drawn of Trainer's log, and at which step.
+
+    Raises:
+        ConfigError: It is no such log.
+    """
+    drawn = {key for panel in PANELS for key in panel.curves}
+    try:
+        entries = json.loads(source.read_text(encoding="utf-8"))["log_history"]
+        found = [{key: float(value) for key, value in entry.items() if key in drawn} for entry in entries]
+        return [
+            {"step": float(entry["step"]), **curves} for entry, curves in zip(entries, found, strict=True) if curves
+        ]
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise ConfigError(f"{source} is no log of Trainer: {error!r}") from None
 
 
 def find_log(folder: Path) -> Path:
@@ -109,7 +125,7 @@ def _step(path: Path) -> int:
     return int(number) if number.isdecimal() else -1
 
 
-def draw(history: list[dict[str, Any]], title: str) -> Any:
+def draw(history: list[dict[str, float]], title: str) -> Any:
     """A matplotlib figure: the panels for which the log has something, one below the other."""
     from matplotlib.figure import Figure
 

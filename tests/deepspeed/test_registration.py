@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -142,3 +143,26 @@ def test_bad_json_settings_are_named_at_initialize() -> None:
     assert "shard_state is for DDP" in not_here
     assert "adam_w_mode=False: weight decay is always decoupled" in coupled
     assert "weight_exchange='newest' is given without shard_state" in exchange
+
+
+CPU_SCRIPT = """
+import os
+import deepspeed
+import microadam_dist
+microadam_dist.deepspeed.disable_shm_allreduce()
+os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+deepspeed.init_distributed()
+print("op:", deepspeed.comm.comm.cdb.shm_comm_op)
+deepspeed.comm.destroy_process_group()
+"""
+
+
+def test_one_line_keeps_cpu_ranks_on_gloo(tmp_path: Path) -> None:
+    """Nothing is compiled, and nothing is left in /dev/shm."""
+    before = set(os.listdir("/dev/shm"))
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", CPU_SCRIPT], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert "op: None" in result.stdout
+    assert not list(tmp_path.iterdir())
+    assert not {name for name in set(os.listdir("/dev/shm")) - before if "deepspeed" in name or "shm_allreduce" in name}

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
+import resource
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +31,7 @@ from tests.deepspeed.engines import (
     make_model,
     train,
 )
+from tests.disks import mounted_tmpfs, needs_root
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.deepspeed
@@ -108,13 +114,12 @@ def test_padding_may_hold_anything(saved: Path, tmp_path: Path) -> None:
 def test_command_line(saved: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", "from microadam_dist.cli import main; main()", "reshard", str(saved / "zero2")]
     command += [str(tmp_path / "new"), "--world-size", "3"]
-    wide = {**os.environ, "COLUMNS": "500"}  # no line is broken
-    result = subprocess.run(command, capture_output=True, text=True, env=wide)
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "3 ranks, verified" in result.stderr
     assert len(list((tmp_path / "new").glob("*/*optim_states.pt"))) == 3
-    again = subprocess.run(command, capture_output=True, text=True, env=wide)
-    assert again.returncode == 1 and "exists already" in again.stderr and "Traceback" not in again.stderr
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 1 and again.stderr == f"error: {tmp_path / 'new'} exists already; give a new folder.\n"
 
 
 def test_nothing_is_left_of_a_failed_write(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,3 +133,63 @@ def test_nothing_is_left_of_a_failed_write(saved: Path, tmp_path: Path, monkeypa
 
 def _raise(*args: Any) -> None:
     raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def worker() -> Iterator[ProcessPoolExecutor]:
+    """A process that may die: a map on a full disk would end this one."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        yield pool
+
+
+def _refused(source: Path, target: Path, file_bytes: int | None) -> str | None:
+    """What is said; None if there was room."""
+    _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limits[0] if file_bytes is None else file_bytes, hard))
+        reshard_checkpoint(source, target, 3)
+    except ConfigError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    return None
+
+
+def _digest(folder: Path) -> str:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in files)).hexdigest()
+
+
+@needs_root
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_full_disk_is_refused(name: str, saved: Path, worker: ProcessPoolExecutor, tmp_path: Path) -> None:
+    """From no room at all to enough, so that it ends in every phase of the work."""
+    before = _digest(saved / name)
+    with mounted_tmpfs(tmp_path / "disk", "64k") as disk:
+        said = []
+        for size in range(64, 4096, 32):
+            subprocess.run(["mount", "-o", f"remount,size={size}k", disk], check=True)
+            message = worker.submit(_refused, saved / name, disk / "a" / "new", None).result()
+            if message is None:
+                break
+            said.append(message)
+            assert not list(disk.iterdir())
+        assert (disk / "a" / "new" / "latest").is_file()
+        assert "MiB while it is made, and 0.1 MiB are free" in said[0]
+        assert any("new cannot be written: No space left on device. Nothing was left behind" in line for line in said)
+    assert _digest(saved / name) == before
+
+
+def test_a_file_that_cannot_grow_is_refused(saved: Path, worker: ProcessPoolExecutor, tmp_path: Path) -> None:
+    """As with a quota, where the disk has room."""
+    sizes = [path.stat().st_size for path in (saved / "zero2").rglob("*.pt")]
+    for limit in (4096, min(sizes) // 2, max(sizes) // 2):
+        message = worker.submit(_refused, saved / "zero2", tmp_path / "new", limit).result()
+        assert message is not None and f"{tmp_path / 'new'} cannot be written: " in message
+        assert not list(tmp_path.iterdir())
+
+
+@needs_root
+def test_a_read_only_disk_is_refused(saved: Path, tmp_path: Path) -> None:
+    with mounted_tmpfs(tmp_path / "disk", "64m", "ro") as disk, pytest.raises(ConfigError, match="Read-only file"):
+        reshard_checkpoint(saved / "zero2", disk / "new", 3)

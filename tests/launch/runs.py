@@ -61,6 +61,14 @@ def loaded_numel(folder: Path) -> int:
         return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
 
 
+def assert_consistent(metrics: dict[str, Any]) -> None:
+    """The bytes of all state are those of its paths together."""
+    state, dense = metrics["state"], metrics["state"]["dense_params"]
+    parts = state["sparse_bytes_per_param"] * (metrics["num_params"] - dense) + state["dense_bytes_per_param"] * dense
+    assert math.isclose(parts, state["state_bytes"], rel_tol=1e-9)
+    assert math.isclose(state["state_bytes_per_param"] * metrics["num_params"], state["state_bytes"], rel_tol=1e-9)
+
+
 def assert_same_run(got: Path, expected: Path) -> None:
     from safetensors.torch import load_file
 

@@ -20,7 +20,7 @@ from microadam_dist import CheckpointMismatchError, MicroAdam
 from microadam_dist.integrations.sharded import keep_sharded_state
 from tests.launch import accelerate_cpu
 from tests.launch.accelerate_engines import CONFIGS, train_under
-from tests.launch.runs import ROOT, assert_same_run, loaded_numel
+from tests.launch.runs import ROOT, assert_consistent, assert_same_run, loaded_numel
 from tests.launch.runs import options_with_checkpoints as options
 from tests.launch.runs import train as train_rank
 from tests.ranks import RankError, run_ranks
@@ -51,6 +51,7 @@ def test_trains_and_resumes_exactly(config: str, shard_state: str | None, text: 
     assert metrics["engine"] == ENGINES[config]
     assert metrics["optimizer"] == "MicroAdam"
     assert loaded_numel(tmp_path / "straight") == metrics["num_params"]
+    assert_consistent(metrics)
     checkpoint = str(tmp_path / "straight" / "checkpoint-6")
     train_under(config, options(text, tmp_path / "resumed", resume=checkpoint, **more))
     assert_same_run(tmp_path / "resumed", tmp_path / "straight")

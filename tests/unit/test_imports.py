@@ -35,7 +35,8 @@ STANDARD_LIBRARY_ONLY = (
 )
 TORCH_DISTRIBUTED = "engines* checkpoint* diagnostics*"
 ANYWHERE = {
-    **dict.fromkeys(("typer", "rich"), "cli.app cli.plan cli.bench"),
+    "rich": "cli.app cli.plan cli.bench cli.output",
+    "typer": "cli.app cli.plan cli.bench cli.output cli.settings",
     "transformers": "integrations.hf",
 }
 LAZILY = {

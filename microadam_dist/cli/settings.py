@@ -1,0 +1,32 @@
+"""How settings are written on a command line: a density as ``1%`` or as ``0.01``."""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+
+import typer
+
+_DECIMAL = re.compile(r"\d+(?:\.\d*)?|\.\d+")
+
+
+def parse_density(text: str | float) -> float:
+    """``"1%"`` and ``"0.01"`` are 0.01; whether it is in its range is the configuration's to say.
+
+    Raises:
+        typer.BadParameter: It is no number.
+    """
+    text = str(text).strip()
+    try:
+        return float(f"{text[:-1]}e-2" if text.endswith("%") else text)  # not / 100: 0.7% is 0.007
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no fraction: expected a number such as 0.01 or 1%.") from None
+
+
+def with_percent(setting: str) -> str:
+    """``"10/0.01/packed"`` as ``"10/1%/packed"``: one name for one setting; other text as it is."""
+    window, _, rest = setting.partition("/")
+    density, slash, more = rest.partition("/")
+    if not _DECIMAL.fullmatch(density):
+        return setting
+    return f"{window}/{Decimal(density).scaleb(2).normalize():f}%{slash}{more}"
