@@ -8,6 +8,8 @@
 namespace microadam {
 
 constexpr int kNumBins = 256;
+constexpr uint32 kNothingShared = 0xffffffffu;  // in first_kept: the entry before is not another warp's
+constexpr int kIgnoredBins = kWarp;             // count what nobody asks for, one for each lane
 
 // What a thread holds of a block, by chunk: the accumulator, then the residual; and the keys, two to a word.
 template <class Traits>
@@ -27,40 +29,84 @@ struct Block {
   const typename Traits::Grad* grad;
   uint8* codes;
   Bf16 *bucket_lo, *bucket_hi;
-  uint8 *indices, *values;  // kWindowSize slots of num_kept, see slot.cuh
-  Bf16* scales;             // one for each slot of a packed window
-  int32 numel, num_kept;
-  int32 index_bytes;  // of a slot
+  uint8 *indices, *values;    // kWindowSize slots of num_kept, see slot.cuh
+  Bf16* scales;               // one for each slot of a packed window
+  int32 length, kept_length;  // read by numel() and num_kept()
+  int32 index_bytes;          // of a slot
   Ending ending;
+
+  __device__ __forceinline__ int numel() const { return Traits::kLength != 0 ? Traits::kLength : length; }
+  __device__ __forceinline__ int num_kept() const { return Traits::kLength != 0 ? Traits::kMaxKept : kept_length; }
+};
+
+// How many elements Shared::places lists of a group.
+struct List {
+  int in_first_half, count;
 };
 
 // The elements of a chunk that are kept.
 struct Kept {
-  uint32 mask;   // one bit for each, see bit_of
-  int position;  // how many are kept before them in the block ...
-  int section;   // ... and before their section
+  uint32 mask;   // bit j for element j
+  int position;  // how many are kept before them in the group
+  int before;    // how many are kept before the group
+  List list;
 };
 
 template <class Traits>
 struct Shared {
-  // Sums of the window for the elements of one section, M and V; later the update takes the place of M.
-  alignas(16) float m_sums[Traits::kSection];
-  alignas(16) float v_sums[Traits::kSection];
-  alignas(16) uint32 coarse[kNumBins];
-  alignas(16) uint32 fine[kNumBins + 32];           // the last ones count what nobody asks for, one for each lane
-  uint32 staged[Traits::kStageCapacity];            // the whole window, see window_entry
-  uint32 list[Traits::kListCapacity];               // kept elements: place in the section | value << 16
-  uint32 warp_counts[32 * Traits::kCountsPerLane];  // kChunks * kWarps of them are used
+  // For the elements of one section, each group's part for its warp: see group_space and swizzled.
+  alignas(16) float update[Traits::kSection];                                  // before: sum of the window, M
+  alignas(16) float v_sums[Traits::kHasWindow ? Traits::kSection : 1];         // V
+  alignas(16) uint16 touched[Traits::kHasWindow ? Traits::kSection / 16 : 1];  // one bit for each element in the sums
+  alignas(16) uint16 keys[Traits::kSection];
+  alignas(16) typename Traits::Param weights[Traits::kCopiesAhead ? Traits::kSection : 1];
+  union {
+    uint32 staged[Traits::kIsStaged ? Traits::kWindowEntries : 1];  // the window, as stored_entry() gives it; and later
+    uint8 places[Traits::kSection];                                 // a list of elements, each in its half of the group
+  };
+
+  struct {
+    alignas(16) uint32 coarse[kNumBins];
+    uint32 fine[kIgnoredBins + kNumBins];
+  } bins;
+  uint32 group_counts[kWarp * Traits::kCountsPerLane];  // kGroups of them are used
   uint32 found_bin, found_rank;
-  int32 section_kept;
+
+  uint32 first_kept[Traits::kPackedWindow ? Traits::kGroups : 1];  // of a group: index | place in the slot << 16
+
+  uint32 largest_key;
+  uint32 run;      // number of the run
+  bool is_sparse;  // it is to be done, on the Top-K path
   Scalars scalars;
   Block<Traits> block;
-  uint32 largest_key;
 };
+
+// Where an element of a group has its update: lanes that read four neighbours of their own elements meet no bank twice.
+__device__ __forceinline__ int swizzled(int place) { return place ^ (place >> 3 & 12); }
+
+// The part of an array of Shared, one element for each of a section's, that belongs to this warp.
+template <class T>
+__device__ __forceinline__ T* group_space(T* array) {
+  return array + threadIdx.x / kWarp * kGroup;
+}
 
 template <class Traits>
 __device__ __forceinline__ int first_element(int chunk) {
+  __builtin_assume(threadIdx.x < Traits::kThreads);
   return (chunk * Traits::kThreads + threadIdx.x) * kVector;
+}
+
+__device__ __forceinline__ int lane_of_thread() { return threadIdx.x % kWarp; }
+
+// The part of such an array that belongs to this thread.
+template <class T>
+__device__ __forceinline__ T* own_elements(T* array) {
+  return array + threadIdx.x * kVector;
+}
+
+template <class Traits>
+__device__ __forceinline__ int group_of(int chunk) {
+  return chunk * Traits::kWarps + threadIdx.x / kWarp;
 }
 
 __device__ __forceinline__ uint32 code_offset(int element) { return static_cast<uint32>(element) / 2; }
@@ -90,8 +136,8 @@ __device__ __forceinline__ Block<Traits> find_block(const Tensor& tensor, const 
   block.codes = tensor.codes + offset_of(run.codes, row, col);
   block.bucket_lo = tensor.bucket_lo + bucket;
   block.bucket_hi = tensor.bucket_hi + bucket;
-  block.numel = static_cast<int32>(run.numel);
-  block.num_kept = static_cast<int32>(run.num_kept);
+  block.length = static_cast<int32>(run.numel);
+  block.kept_length = static_cast<int32>(run.num_kept);
   block.ending.decay = scalars.decay;
   if (Traits::kStochastic) block.ending.counter = counter_of(run.place, scalars.step_key, element);
   if (Traits::kHasWindow) {

@@ -10,71 +10,56 @@ namespace microadam {
 
 template <class Traits>
 __device__ __forceinline__ void skip_block(const Launch& launch, const Shared<Traits>& s) {
+  if (Traits::kCopiesAhead) wait_for_copies();
   if (Traits::kHasWindow) store_empty_slot(s);
   if (threadIdx.x == 0) atomicAdd(launch.num_skipped, 1);
 }
 
-// s.block and s.scalars are set, bins and sums are clear.
-template <bool kAligned, class Traits>
+// s.block and s.scalars are set, bins and sums are clear. The whole block finds the threshold; from there on each warp
+// goes on alone, group by group.
+template <class Traits>
 __device__ __forceinline__ void block_step(const Launch& launch, Shared<Traits>& s) {
   Elements<Traits> a;
   stage_window(s);
-  accumulate<kAligned>(s.block, s.scalars.grad_scale, a);
-  __syncthreads();
-  sum_slots(0, launch, s);
-
-  Keys<Traits> packed;
-  pack<Traits>(a, packed);
+  accumulate(s.block, s.scalars.grad_scale, a);
+  copy_weights_ahead(s);
+  Keys<Traits> keys;
+  take_keys(a, keys, s);
   Threshold threshold;
-  if (!find_threshold(a, packed, s.block.numel, s.block.num_kept, &threshold, s)) {
+  const auto beside_rank = [&] { sum_slots(0, Traits::kWarps == 1 ? 0 : kWarp, launch, s); };
+  if (!find_threshold(keys, s.block.numel(), s.block.num_kept(), &threshold, s, beside_rank)) {
     skip_block(launch, s);
     return;
   }
-  if (Traits::kPackedWindow) find_largest(packed, s);
+  if (Traits::kPackedWindow) find_largest(keys, s);
   Kept kept[Traits::kChunks];
-  mark_kept(packed, threshold, kept, s);
+  mark_kept(keys, threshold, kept, s);
   Scale scale = {};
   if (Traits::kPackedWindow) scale = store_scale(s);
 
 #pragma unroll
   for (int c = 0; c < Traits::kChunks; ++c) {
-    if (c * Traits::kSection >= s.block.numel) break;
-    if (c > 0) {
-      clear_sums(s);
-      __syncthreads();
-      sum_slots(c, launch, s);
-    }
-    take_kept(c, packed[c], kept[c], scale, a[c], s);
-    if constexpr (Traits::kBucketsFitWarps) encode_chunk<kAligned>(s.block, c, a[c]);
-    update_slots(c, s);
-    __syncthreads();
-    apply_updates<kAligned>(c, s);
+    if (c * Traits::kSection >= s.block.numel()) break;
+    if (c > 0) sum_section(c, launch, s);
+    take_kept(kept[c], scale, a[c], s);
+    if constexpr (Traits::kHasWindow) add_newest(c, kept[c], scale, s);
+    update_group(kept[c], s);
+    apply_updates(c, s);
+    if constexpr (Traits::kBucketsFitWarps) encode_chunk(s.block, c, a[c]);
   }
-  if constexpr (!Traits::kBucketsFitWarps) encode_any<kAligned>(s.block, a, s);
+  if constexpr (Traits::kPackedWindow) store_shared_bits(s);
+  if constexpr (!Traits::kBucketsFitWarps) encode_any(s.block, a, s);
 }
 
 // The weights alone, from a window that has all its slots.
-template <bool kAligned, class Traits>
+template <class Traits>
 __device__ __forceinline__ void replay_block(const Launch& launch, Shared<Traits>& s) {
   stage_window(s);
 #pragma unroll 1
-  for (int c = 0; c * Traits::kSection < s.block.numel; ++c) {
-    if (c > 0) clear_sums(s);
-    __syncthreads();
-    sum_slots(c, launch, s);
-    __syncthreads();
-    update_slots(c, s);
-    __syncthreads();
-    apply_updates<kAligned>(c, s);
-  }
-}
-
-template <bool kAligned, class Traits>
-__device__ __forceinline__ void sparse_step(const Launch& launch, Shared<Traits>& s) {
-  if constexpr (Traits::kReplays) {
-    replay_block<kAligned>(launch, s);
-  } else {
-    block_step<kAligned>(launch, s);
+  for (int c = 0; c * Traits::kSection < s.block.numel(); ++c) {
+    sum_section(c, launch, s);
+    update_group(Kept(), s);
+    apply_updates(c, s);
   }
 }
 
@@ -112,30 +97,36 @@ __device__ __forceinline__ void dense_step(const Tensor& tensor, const Run& run,
   if (!is_finite && atomicExch(flag, 1) == 0) atomicAdd(launch.num_skipped, 1);
 }
 
-// What thread block number `index` of a launch does.
+// Finds the run of thread block number `index`, and the block if it is one of Top-K. For one thread.
 template <class Traits>
-__device__ __forceinline__ void step(const Launch& launch, uint32 index, Shared<Traits>& s) {
+__device__ __forceinline__ void find_work(const Launch& launch, uint32 index, Shared<Traits>& s) {
   uint32 number = launch.first_runs[index >> kRunShift];
   while (launch.runs[number + 1].first_block <= index) ++number;
   const Run& run = launch.runs[number];
   const Tensor& tensor = launch.tensors[run.tensor];
-  const uint32 index_in_run = index - static_cast<uint32>(run.first_block);
-  if (threadIdx.x == 0) {
-    s.scalars = launch.device_scalars == nullptr ? launch.scalars : launch.device_scalars[run.tensor];
-    if (run.num_kept != 0) s.block = find_block<Traits>(tensor, run, index_in_run, s.scalars);
-  }
+  s.run = number;
+  s.scalars = launch.device_scalars == nullptr ? launch.scalars : launch.device_scalars[run.tensor];
+  s.is_sparse = run.num_kept != 0 && !s.scalars.is_skipped;
+  s.block = find_block<Traits>(tensor, run, index - static_cast<uint32>(run.first_block), s.scalars);
+}
+
+// What thread block number `index` of a launch does.
+template <class Traits>
+__device__ __forceinline__ void step(const Launch& launch, uint32 index, Shared<Traits>& s) {
+  if (threadIdx.x == 0) find_work(launch, index, s);
   clear_bins(s);
   clear_sums(s);
   __syncthreads();
-  if (s.scalars.is_skipped) return;
-  if (run.num_kept == 0) {
-    if (Traits::kReplays) return;
-    const int64 start = static_cast<int64>(index_in_run) * Traits::kCapacity;
-    dense_step<Traits>(tensor, run, start, launch, s.scalars, launch.dense_flags + number);
-  } else if (run.is_aligned && tensor.is_aligned) {
-    sparse_step<true>(launch, s);
-  } else {
-    sparse_step<false>(launch, s);
+  if (s.is_sparse) {
+    if constexpr (Traits::kReplays) {
+      replay_block(launch, s);
+    } else {
+      block_step(launch, s);
+    }
+  } else if (!s.scalars.is_skipped && !Traits::kReplays) {
+    const Run& run = launch.runs[s.run];
+    const int64 start = static_cast<int64>(index - static_cast<uint32>(run.first_block)) * Traits::kCapacity;
+    dense_step<Traits>(launch.tensors[run.tensor], run, start, launch, s.scalars, launch.dense_flags + s.run);
   }
 }
 

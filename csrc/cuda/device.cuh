@@ -24,6 +24,7 @@ struct Fp16 {
   uint16 bits;
 };
 
+constexpr int kWarp = 32;
 constexpr uint32 kFullWarp = 0xffffffffu;
 constexpr uint32 kInfBits = 0x7f800000u;
 
@@ -53,17 +54,22 @@ __device__ __forceinline__ uint16 fp16_bits(float x) {
   return result;
 }
 
-// The larger one; NaN if there is one.
-__device__ __forceinline__ float max_or_nan(float a, float b) {
-  float result;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
-  return result;
-}
-
 // A constant that an instruction gets from a register, because another one is in its own bits.
 __device__ __forceinline__ uint32 in_register(uint32 x) {
   asm("mov.b32 %0, %0;" : "+r"(x));
   return x;
+}
+
+// A byte for each half of two words, of `low` first: 0xff where it is negative, else 0.
+//
+//   byte        7      6      5      4      3      2      1      0
+//   high     | sign 3      | sign 2      |
+//   low                                  | sign 1      | sign 0      |
+//   0xfdb9 takes byte                       7      5      3      1     as 8 | byte, which is its sign eight times
+__device__ __forceinline__ uint32 signs_of_halves(uint32 low, uint32 high) {
+  uint32 result;
+  asm("prmt.b32 %0, %1, %2, 0xfdb9;" : "=r"(result) : "r"(low), "r"(high));
+  return result;
 }
 
 // Two codes of 4 bits before those that are there: clip(first, 0, 15) in the lowest bits, then clip(second, 0, 15).
@@ -87,9 +93,53 @@ __device__ __forceinline__ uint32 add_from_lane_before(uint32 x, int distance) {
   return x;
 }
 
-// A barrier among the first threads of a block; `count` is a multiple of 32.
-__device__ __forceinline__ void sync_first_threads(int count) {
+// The number of the highest bit that is set; for 0 there is none.
+__device__ __forceinline__ int highest_bit(uint32 x) {
+  int result;
+  asm("bfind.u32 %0, %1;" : "=r"(result) : "r"(x));
+  return result;
+}
+
+// Where something lies in shared memory, and the counter that lies there: it is increased.
+__device__ __forceinline__ uint32 shared_address(const void* p) {
+  return static_cast<uint32>(__cvta_generic_to_shared(p));
+}
+__device__ __forceinline__ void count_at(uint32 address) {
+  asm volatile("red.shared.add.u32 [%0], 1;" ::"r"(address) : "memory");
+}
+
+// 32 bytes on their way to shared memory, where this thread finds them after wait_for_copies().
+__device__ __forceinline__ void copy_ahead(void* to, const void* from) {
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16;\n"
+      "cp.async.cg.shared.global [%0+16], [%1+16], 16;" ::"r"(shared_address(to)),
+      "l"(from)
+      : "memory");
+}
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// A barrier among `count` threads, a multiple of 32, that are beside the others.
+__device__ __forceinline__ void sync_threads_beside(int count) {
   asm volatile("bar.sync 1, %0;" ::"r"(count) : "memory");
+}
+
+// The smaller and the larger of two pairs of bf16 numbers, -0 below +0; NaN only if both are.
+__device__ __forceinline__ uint32 min_pair(uint32 a, uint32 b) {
+  uint32 result;
+  asm("min.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
+}
+__device__ __forceinline__ uint32 max_pair(uint32 a, uint32 b) {
+  uint32 result;
+  asm("max.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
+}
+
+// NaN if there is one.
+__device__ __forceinline__ uint32 max_pair_or_nan(uint32 a, uint32 b) {
+  uint32 result;
+  asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
 }
 
 #endif

@@ -26,38 +26,52 @@ __device__ __forceinline__ int32 bucket_of(int element) {
   return static_cast<uint32>(element) / static_cast<uint32>(Traits::kBucketSize);
 }
 
-// (hi - lo) / 15
-__device__ __forceinline__ float step_of(Bf16 lo, Bf16 hi) { return __fdiv_rn(to_float(hi) - to_float(lo), kLevels); }
+// (hi - lo) / 15. Multiplied with 1/15 as the sum of two numbers, which gives the same bits for every significand where
+// no product is subnormal.
+__device__ __forceinline__ float step_of(Bf16 lo, Bf16 hi) {
+  constexpr float kInverse = 1.f / 15.f, kInverseRest = static_cast<float>(1. / 15. - kInverse);
+  const float range = to_float(hi) - to_float(lo);
+  if (float_bits(range) - 1u < 0x20000000u) {
+    return __fdiv_rn(range, kLevels);  // below 2^-63, but not 0
+  }
+  return __fmaf_rn(range, kInverse, range * kInverseRest);
+}
 
 // a = g * grad_scale + (codes * step_q + lo), zero beyond the block.
-template <bool kAligned, class Traits>
+template <class Traits>
 __device__ __forceinline__ void accumulate(const Block<Traits>& block, float grad_scale, Elements<Traits>& a) {
-  uint32 codes[Traits::kChunks];
-  Bf16 lo[Traits::kChunks], hi[Traits::kChunks];  // of the bucket of the first element, most often of all
+  Codes codes[Traits::kChunks];
+  Bf16 lo[Traits::kChunks] = {}, hi[Traits::kChunks] = {};  // of the bucket of the first element, most often of all
 #pragma unroll
   for (int c = 0; c < Traits::kChunks; ++c) {
     const int first = first_element<Traits>(c);
-    load_first<kAligned>(a[c], in_global(block.grad) + first, block.numel - first);
-    codes[c] = load_codes<kAligned>(in_global(block.codes) + code_offset(first), block.numel - first);
-    if (first >= block.numel) continue;
+    load_first<Traits::kAligned>(a[c], in_global(block.grad) + first, block.numel() - first);
+    codes[c] = load_codes<Traits::kAligned>(in_global(block.codes) + code_offset(first), block.numel() - first);
+    if (first >= block.numel()) continue;
     lo[c] = in_global(block.bucket_lo)[bucket_of<Traits>(first)];
     hi[c] = in_global(block.bucket_hi)[bucket_of<Traits>(first)];
   }
+  const auto add = [&](auto scaled) {
 #pragma unroll
-  for (int c = 0; c < Traits::kChunks; ++c) {
-    const int first = first_element<Traits>(c);
-    if (first >= block.numel) continue;
-    float lowest = to_float(lo[c]), step_q = step_of(lo[c], hi[c]);
+    for (int c = 0; c < Traits::kChunks; ++c) {
+      const int first = first_element<Traits>(c);
+      float lowest = to_float(lo[c]), step_q = step_of(lo[c], hi[c]);
 #pragma unroll
-    for (int j = 0; j < kVector; ++j) {
-      if (!kAligned && first + j >= block.numel) continue;
-      if (j > 0 && Traits::kBucketSize % kVector != 0) {
-        const int bucket = bucket_of<Traits>(first + j);
-        lowest = to_float(in_global(block.bucket_lo)[bucket]);
-        step_q = step_of(in_global(block.bucket_lo)[bucket], in_global(block.bucket_hi)[bucket]);
+      for (int j = 0; j < kVector; ++j) {
+        if (!Traits::kAligned && first + j >= block.numel()) continue;
+        if (j > 0 && Traits::kBucketSize % kVector != 0 && first + j < block.numel()) {
+          const int bucket = bucket_of<Traits>(first + j);
+          lowest = to_float(in_global(block.bucket_lo)[bucket]);
+          step_q = step_of(in_global(block.bucket_lo)[bucket], in_global(block.bucket_hi)[bucket]);
+        }
+        a[c][j] = scaled(a[c][j]) + (times_code(codes[c].words[j / 8], j % 8, step_q) + lowest);
       }
-      a[c][j] = a[c][j] * grad_scale + (times_code(codes[c], j, step_q) + lowest);
     }
+  };
+  if (grad_scale == 1.f) {
+    add([](float g) { return g; });
+  } else {
+    add([=](float g) { return g * grad_scale; });
   }
 }
 
@@ -67,8 +81,8 @@ struct Range {
   float lowest, inverse;
 };
 
-__device__ __forceinline__ Range make_range(float low, float high) {
-  const uint32 pair = bf16_pair(low, high);
+// From the bounds of a bucket, bf16, the lower one in the lower half.
+__device__ __forceinline__ Range make_range(uint32 pair) {
   Range range;
   range.lo.bits = static_cast<uint16>(pair);
   range.hi.bits = static_cast<uint16>(pair >> 16);
@@ -86,31 +100,31 @@ __device__ __forceinline__ int32 level_of(float a, const Range& range) {
 }
 
 // Encodes chunk c of all threads, where kBucketsFitWarps.
-template <bool kAligned, class Traits>
+template <class Traits>
 __device__ __forceinline__ void encode_chunk(const Block<Traits>& block, int c, const float (&a)[kVector]) {
-  const int first = first_element<Traits>(c), count = block.numel - first;
+  const int first = first_element<Traits>(c), count = block.numel() - first;
   float low = a[0], high = a[0];
 #pragma unroll
   for (int j = 1; j < kVector; ++j) {
-    if (!kAligned && j >= count) continue;
+    if (!Traits::kAligned && j >= count) continue;
     low = fminf(low, a[j]);
     high = fmaxf(high, a[j]);
   }
-  if (count <= 0) {
-    low = as_float(kInfBits);
-    high = -low;
-  }
+  // {low, -high} of the bucket: the smallest of all, rounded first, which keeps their order.
+  uint32 bounds = count > 0 ? bf16_pair(low, -high) : kInfBits | kInfBits >> 16;
 #pragma unroll
   for (int distance = 1; distance * kVector < Traits::kBucketSize; distance *= 2) {
-    low = fminf(low, __shfl_xor_sync(kFullWarp, low, distance));
-    high = fmaxf(high, __shfl_xor_sync(kFullWarp, high, distance));
+    bounds = min_pair(bounds, __shfl_xor_sync(kFullWarp, bounds, distance));
   }
   if (count <= 0) return;
-  const Range range = make_range(low, high);
-  uint32 codes = 0;
+  const Range range = make_range(bounds ^ 0x80000000u);
+  Codes codes = {};
 #pragma unroll
-  for (int j = kVector - 2; j >= 0; j -= 2) codes = put_first(codes, level_of(a[j], range), level_of(a[j + 1], range));
-  store_codes<kAligned>(in_global(block.codes) + code_offset(first), codes, count);
+  for (int j = kVector - 2; j >= 0; j -= 2) {
+    uint32& word = codes.words[j / 8];
+    word = put_first(word, level_of(a[j], range), level_of(a[j + 1], range));
+  }
+  store_codes<Traits::kAligned>(in_global(block.codes) + code_offset(first), codes, count);
   if (static_cast<uint32>(first) % static_cast<uint32>(Traits::kBucketSize) == 0) {
     in_global(block.bucket_lo)[bucket_of<Traits>(first)] = range.lo;
     in_global(block.bucket_hi)[bucket_of<Traits>(first)] = range.hi;
@@ -126,15 +140,16 @@ __device__ __forceinline__ float from_ordered(int32 x) {
   return as_float(static_cast<uint32>(x ^ ((x >> 31) & 0x7fffffff)));
 }
 
-// Encodes the block for any other bucket size, up to kSection buckets at a time. The sums are no longer needed.
-template <bool kAligned, class Traits>
+// Encodes the block for any other bucket size, many buckets at a time. The updates are no longer needed.
+template <class Traits>
 __device__ __forceinline__ void encode_any(const Block<Traits>& block, const Elements<Traits>& a, Shared<Traits>& s) {
-  int32* const low = reinterpret_cast<int32*>(s.m_sums);
-  int32* const high = reinterpret_cast<int32*>(s.v_sums);
-  uint32 codes[Traits::kChunks] = {};
-  const int num_buckets = (block.numel + Traits::kBucketSize - 1) / Traits::kBucketSize;
-  for (int first_bucket = 0; first_bucket < num_buckets; first_bucket += Traits::kSection) {
-    const int count = min(num_buckets - first_bucket, Traits::kSection);
+  constexpr int kAtOnce = Traits::kSection / 2;
+  int32* const low = reinterpret_cast<int32*>(s.update);
+  int32* const high = low + kAtOnce;
+  Codes codes[Traits::kChunks] = {};
+  const int num_buckets = (block.numel() + Traits::kBucketSize - 1) / Traits::kBucketSize;
+  for (int first_bucket = 0; first_bucket < num_buckets; first_bucket += kAtOnce) {
+    const int count = min(num_buckets - first_bucket, kAtOnce);
     __syncthreads();
     for (int i = threadIdx.x; i < count; i += Traits::kThreads) {
       low[i] = 0x7fffffff;
@@ -146,14 +161,14 @@ __device__ __forceinline__ void encode_any(const Block<Traits>& block, const Ele
 #pragma unroll
       for (int j = 0; j < kVector; ++j) {
         const int bucket = bucket_of<Traits>(first_element<Traits>(c) + j) - first_bucket;
-        if (first_element<Traits>(c) + j >= block.numel || bucket < 0 || bucket >= count) continue;
+        if (first_element<Traits>(c) + j >= block.numel() || bucket < 0 || bucket >= count) continue;
         atomicMin(&low[bucket], ordered(a[c][j]));
         atomicMax(&high[bucket], ordered(a[c][j]));
       }
     }
     __syncthreads();
     for (int i = threadIdx.x; i < count; i += Traits::kThreads) {
-      const Range range = make_range(from_ordered(low[i]), from_ordered(high[i]));
+      const Range range = make_range(bf16_pair(from_ordered(low[i]), from_ordered(high[i])));
       in_global(block.bucket_lo)[first_bucket + i] = range.lo;
       in_global(block.bucket_hi)[first_bucket + i] = range.hi;
     }
@@ -162,17 +177,17 @@ __device__ __forceinline__ void encode_any(const Block<Traits>& block, const Ele
 #pragma unroll
       for (int j = 0; j < kVector; ++j) {
         const int bucket = bucket_of<Traits>(first_element<Traits>(c) + j) - first_bucket;
-        if (first_element<Traits>(c) + j >= block.numel || bucket < 0 || bucket >= count) continue;
-        const Range range = make_range(from_ordered(low[bucket]), from_ordered(high[bucket]));
-        codes[c] |= put_first(0, level_of(a[c][j], range), 0) << (4 * j);
+        if (first_element<Traits>(c) + j >= block.numel() || bucket < 0 || bucket >= count) continue;
+        const Range range = make_range(bf16_pair(from_ordered(low[bucket]), from_ordered(high[bucket])));
+        codes[c].words[j / 8] |= put_first(0, level_of(a[c][j], range), 0) << (4 * (j % 8));
       }
     }
   }
 #pragma unroll
   for (int c = 0; c < Traits::kChunks; ++c) {
     const int first = first_element<Traits>(c);
-    if (first < block.numel)
-      store_codes<kAligned>(in_global(block.codes) + code_offset(first), codes[c], block.numel - first);
+    if (first < block.numel())
+      store_codes<Traits::kAligned>(in_global(block.codes) + code_offset(first), codes[c], block.numel() - first);
   }
 }
 

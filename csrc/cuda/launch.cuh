@@ -24,8 +24,7 @@ struct Run {
   int64 first_block;  // of the launch
   int64 tensor;       // row of Launch::tensors
   int64 numel, num_kept;
-  int64 cols;        // 0: the blocks follow each other in all tensors, no row needs to be found
-  int64 is_aligned;  // whether the extents allow vector accesses
+  int64 cols;  // 0: the blocks follow each other in all tensors, no row needs to be found
   Place place;
   Extent elements, codes, buckets;
   Extent indices, values, scales;  // of one window slot; `values.start` on the dense path: where its moments begin
@@ -40,8 +39,7 @@ struct Tensor {
   uint8 *indices, *values;
   Bf16* scales;  // of a packed window
   float *exp_avg, *exp_avg_sq;
-  int64* step;       // steps taken before, where they are counted on the device
-  int64 is_aligned;  // whether all pointers are multiples of 16
+  int64* step;  // steps taken before, where they are counted on the device
 };
 
 // The scalars of one step, rounded to fp32.

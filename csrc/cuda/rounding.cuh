@@ -29,14 +29,14 @@ __device__ __forceinline__ void round_to(Bf16* p, float x, uint32 counter) {
 template <bool kAligned>
 __device__ __forceinline__ void store_first(Bf16* p, const float (&x)[kVector], int count, uint32 counter) {
   if constexpr (kAligned) {
-    uint32 pairs[4];
+    uint32 pairs[kVector / 2];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < kVector / 2; ++i) {
       const uint32 low = with_noise(x[2 * i], counter + 2 * i * kPositionFactor);
       const uint32 high = with_noise(x[2 * i + 1], counter + (2 * i + 1) * kPositionFactor);
       pairs[i] = __byte_perm(low, high, 0x7632);
     }
-    *reinterpret_cast<uint4*>(p) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+    store_pairs(p, pairs);
   } else {
 #pragma unroll
     for (int j = 0; j < kVector; ++j) {

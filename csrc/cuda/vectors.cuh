@@ -1,17 +1,17 @@
-// Eight neighbouring numbers, the unit in which a thread reads and writes: with vector accesses (kAligned), or one by
-// one where a block begins at an odd place or its length is no multiple of 8.
+// Sixteen neighbouring numbers, the unit in which a thread reads and writes: with vector accesses (kAligned), or one by
+// one where a block begins at an odd place or its length is no multiple of 16.
 #pragma once
 
 #include "device.cuh"
 
 namespace microadam {
 
-constexpr int kVector = 8;
+constexpr int kVector = 16;
 
-// Eight numbers as they lie in memory.
+// Sixteen numbers as they lie in memory.
 template <class T>
 struct Vector {
-  uint4 words[sizeof(T) / 2];
+  uint4 words[sizeof(T)];
 };
 
 __device__ __forceinline__ uint32 word(const uint4& x, int i) {
@@ -25,40 +25,50 @@ __device__ __forceinline__ void unpack(float (&x)[kVector], const Vector<float>&
 
 __device__ __forceinline__ void unpack(float (&x)[kVector], const Vector<Bf16>& from) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    x[2 * i] = as_float(word(from.words[0], i) << 16);
-    x[2 * i + 1] = as_float(word(from.words[0], i) & 0xffff0000u);
+  for (int i = 0; i < kVector / 2; ++i) {
+    x[2 * i] = as_float(word(from.words[i / 4], i % 4) << 16);
+    x[2 * i + 1] = as_float(word(from.words[i / 4], i % 4) & 0xffff0000u);
   }
 }
 
 __device__ __forceinline__ void unpack(float (&x)[kVector], const Vector<Fp16>& from) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    x[2 * i] = to_float(Fp16{static_cast<uint16>(word(from.words[0], i))});
-    x[2 * i + 1] = to_float(Fp16{static_cast<uint16>(word(from.words[0], i) >> 16)});
+  for (int i = 0; i < kVector / 2; ++i) {
+    x[2 * i] = to_float(Fp16{static_cast<uint16>(word(from.words[i / 4], i % 4))});
+    x[2 * i + 1] = to_float(Fp16{static_cast<uint16>(word(from.words[i / 4], i % 4) >> 16)});
   }
 }
 
-template <class T>
-__device__ __forceinline__ void load_vector(float (&x)[kVector], const T* p) {
-  unpack(x, *reinterpret_cast<const Vector<T>*>(p));
+__device__ __forceinline__ void store_vector(float* p, const float (&x)[kVector]) {
+#pragma unroll
+  for (int i = 0; i < kVector; i += 4) {
+    reinterpret_cast<float4*>(p)[i / 4] = make_float4(x[i], x[i + 1], x[i + 2], x[i + 3]);
+  }
 }
 
-__device__ __forceinline__ void store_vector(float* p, const float (&x)[kVector]) {
-  reinterpret_cast<float4*>(p)[0] = make_float4(x[0], x[1], x[2], x[3]);
-  reinterpret_cast<float4*>(p)[1] = make_float4(x[4], x[5], x[6], x[7]);
+// Pairs of 16-bit numbers.
+template <class T>
+__device__ __forceinline__ void store_pairs(T* p, const uint32 (&pairs)[kVector / 2]) {
+#pragma unroll
+  for (int i = 0; i < kVector / 2; i += 4) {
+    reinterpret_cast<uint4*>(p)[i / 4] = make_uint4(pairs[i], pairs[i + 1], pairs[i + 2], pairs[i + 3]);
+  }
 }
 
 __device__ __forceinline__ void store_vector(Bf16* p, const float (&x)[kVector]) {
-  *reinterpret_cast<uint4*>(p) =
-      make_uint4(bf16_pair(x[0], x[1]), bf16_pair(x[2], x[3]), bf16_pair(x[4], x[5]), bf16_pair(x[6], x[7]));
+  uint32 pairs[kVector / 2];
+#pragma unroll
+  for (int i = 0; i < kVector / 2; ++i) pairs[i] = bf16_pair(x[2 * i], x[2 * i + 1]);
+  store_pairs(p, pairs);
 }
 
 __device__ __forceinline__ void store_vector(Fp16* p, const float (&x)[kVector]) {
-  uint32 pairs[4];
+  uint32 pairs[kVector / 2];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) pairs[i] = fp16_bits(x[2 * i]) | static_cast<uint32>(fp16_bits(x[2 * i + 1])) << 16;
-  *reinterpret_cast<uint4*>(p) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+  for (int i = 0; i < kVector / 2; ++i) {
+    pairs[i] = fp16_bits(x[2 * i]) | static_cast<uint32>(fp16_bits(x[2 * i + 1])) << 16;
+  }
+  store_pairs(p, pairs);
 }
 
 // The first `count` numbers, zeros for the rest; kAligned: all of them or none.
@@ -86,25 +96,36 @@ __device__ __forceinline__ void store_first(T* p, const float (&x)[kVector], int
   }
 }
 
-// Eight codes of 4 bits.
+// Sixteen codes of 4 bits.
+struct alignas(8) Codes {
+  uint32 words[2];
+};
+
 template <bool kAligned>
-__device__ __forceinline__ uint32 load_codes(const uint8* p, int count) {
-  uint32 codes = 0;
+__device__ __forceinline__ Codes load_codes(const uint8* p, int count) {
+  Codes codes = {};
   if constexpr (kAligned) {
-    if (count > 0) codes = *reinterpret_cast<const uint32*>(p);
+    if (count > 0) codes = *reinterpret_cast<const Codes*>(p);
   } else {
-    for (int i = 0; 2 * i < count && i < 4; ++i) codes |= static_cast<uint32>(p[i]) << (8 * i);
+#pragma unroll
+    for (int i = 0; i < kVector / 2; ++i) {
+      if (2 * i < count) codes.words[i / 4] |= static_cast<uint32>(p[i]) << (8 * (i % 4));
+    }
   }
   return codes;
 }
 
 template <bool kAligned>
-__device__ __forceinline__ void store_codes(uint8* p, uint32 codes, int count) {
+__device__ __forceinline__ void store_codes(uint8* p, const Codes& codes, int count) {
   if constexpr (kAligned) {
-    *reinterpret_cast<uint32*>(p) = codes;
+    *reinterpret_cast<Codes*>(p) = codes;
   } else {
-    if (count < kVector) codes &= (1u << (4 * count)) - 1u;
-    for (int i = 0; 2 * i < count && i < 4; ++i) p[i] = static_cast<uint8>(codes >> (8 * i));
+#pragma unroll
+    for (int i = 0; i < kVector / 2; ++i) {
+      uint32 pair = codes.words[i / 4] >> (8 * (i % 4));
+      if (2 * i + 1 == count) pair &= 15u;
+      if (2 * i < count) p[i] = static_cast<uint8>(pair);
+    }
   }
 }
 

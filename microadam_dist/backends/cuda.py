@@ -24,11 +24,14 @@ from .cuda_launch import (
     SCALARS_BYTES,
     Launch,
     LaunchTables,
+    address_rows,
+    are_aligned,
     device_inputs,
     fill_launch,
     group_by_kernel,
     host_scalars,
     kernel_macros,
+    launch_tables,
     step_factors,
     window_weights,
 )
@@ -66,7 +69,7 @@ class CudaBackend:
                 f'backend="cuda": the installed NVRTC is of CUDA {major}, the driver runs CUDA {supported} at most. '
                 f"Update the driver, or pip install 'cuda-core[cu{supported}]'."
             )
-        self._prepared: dict[Any, _Prepared] = {}  # as long as their layouts live
+        self._prepared: dict[Any, Sequence[_Prepared]] = {}  # as long as their layouts live
         self._captured: set[LaunchTables] = set()  # a CUDA graph needs them
         self._constants: dict[Any, Tensor] = {}
         self._compiled: dict[Any, dict[str, Any]] = {}
@@ -126,39 +129,42 @@ class CudaBackend:
         with nullcontext() if torch.cuda.current_device() == device.index else torch.cuda.device(device):
             # A captured step counts from zero at every replay.
             skipped = self._count(device) if inputs is None else torch.zeros((), dtype=torch.int32, device=device)
-            for members in group_by_kernel(tensors, grads):
-                group, group_grads = [tensors[i] for i in members], [grads[i] for i in members]
-                prepared = self._prepare([tensor.layout for tensor in group], device)
-                if (tables := prepared.tables).num_blocks:
-                    num_flags = tables.num_runs if prepared.has_dense_runs else 0
-                    flags = torch.zeros(num_flags, dtype=torch.int32, device=device) if num_flags else None
-                    launch = fill_launch(tables, group, group_grads, self._weights(config, device), skipped, flags)
-                    self._launch(launch, prepared, group, group_grads[0], config, grad_scale, inputs)
+            rows = address_rows(tensors, grads)
+            aligned = are_aligned(rows)
+            for members in group_by_kernel(tensors, grads, aligned):
+                group, group_rows = [tensors[i] for i in members], [rows[i] for i in members]
+                prepared = self._prepare([tensor.layout for tensor in group], aligned[members[0]], device)
+                self._launch(prepared, group, group_rows, grads[members[0]], config, grad_scale, inputs, skipped)
         return skipped
 
     def _launch(
         self,
-        launch: Launch,
-        prepared: _Prepared,
+        prepared: Sequence[_Prepared],
         tensors: Sequence[TensorStep],
+        rows: Sequence[tuple[int, ...]],
         first_grad: Tensor | None,
         config: MicroAdamConfig,
         grad_scale: float,
         inputs: DeviceInputs | None,
+        skipped: Tensor,
     ) -> None:
-        tables, param = prepared.tables, tensors[0].param
+        param = tensors[0].param
         device, grad_dtype = param.device, None if first_grad is None else first_grad.dtype
         key = config.rounding, param.dtype, grad_dtype  # what else decides about the code is the same in all layouts
-        if (kernels := prepared.kernels.get(key)) is None:
-            kernels = self._kernels(kernel_macros(tables, config, param.dtype, grad_dtype), device)
-            prepared.kernels[key] = kernels
-        launch.scalars = host_scalars(tensors[0].step, config, grad_scale)  # a copy
-        if inputs is not None:
-            launch.inputs = device_inputs(inputs, config, self._factors(config, device))
-            scalars = torch.empty(len(tensors) * SCALARS_BYTES, dtype=torch.uint8, device=device)
-            launch.device_scalars = scalars.data_ptr()
-            self._run(kernels["microadam_scalars"], -(-len(tensors) // 32), 32, launch, device)
-        self._run(kernels["microadam_step"], tables.num_blocks, tables.shape.threads, launch, device)
+        on_device = None if inputs is None else torch.empty(len(rows) * SCALARS_BYTES, dtype=torch.uint8, device=device)
+        for number, (tables, all_kernels) in enumerate(prepared):
+            if (kernels := all_kernels.get(key)) is None:
+                kernels = self._kernels(kernel_macros(tables, config, param.dtype, grad_dtype), device)
+                all_kernels[key] = kernels
+            flags = torch.zeros(tables.num_runs, dtype=torch.int32, device=device) if tables.has_dense_runs else None
+            launch = fill_launch(tables, rows, self._weights(config, device), skipped, flags)
+            launch.scalars = host_scalars(tensors[0].step, config, grad_scale)  # a copy
+            if inputs is not None and on_device is not None:
+                launch.inputs = device_inputs(inputs, config, self._factors(config, device))
+                launch.device_scalars = on_device.data_ptr()
+                if number == 0:  # it counts the step
+                    self._run(kernels["microadam_scalars"], -(-len(rows) // 32), 32, launch, device)
+            self._run(kernels["microadam_step"], tables.num_blocks, tables.shape.threads, launch, device)
 
     def _run(self, kernel: Any, num_blocks: int, num_threads: int, launch: Launch, device: torch.device) -> None:
         parameters = _Parameters(ctypes.addressof(launch))  # copied by the call
@@ -174,18 +180,18 @@ class CudaBackend:
 
     # ---------------------------------------------------------------- what is made once
 
-    def _prepare(self, layouts: Sequence[StateLayout], device: torch.device) -> _Prepared:
-        key = (device, *map(id, layouts))  # to hash layouts takes long
+    def _prepare(self, layouts: Sequence[StateLayout], is_aligned: bool, device: torch.device) -> Sequence[_Prepared]:
+        key = (device, is_aligned, *map(id, layouts))  # to hash layouts takes long
         if (prepared := self._prepared.get(key)) is None:
             _refuse_capture()
             if len(self._prepared) == MAX_LAUNCH_TABLES:
                 self._prepared.pop(next(iter(self._prepared)))
-            has_dense_runs = any(layout.dense_runs for layout in layouts)
-            prepared = self._prepared[key] = _Prepared(LaunchTables(layouts, device), has_dense_runs, {})
+            tables = launch_tables(layouts, is_aligned, device)
+            prepared = self._prepared[key] = [_Prepared(t, {}) for t in tables if t.num_blocks]
             for layout in layouts:
                 weakref.finalize(layout, self._prepared.pop, key, None).atexit = False
         if torch.cuda.is_current_stream_capturing():
-            self._captured.add(prepared.tables)
+            self._captured.update(tables for tables, _ in prepared)
         return prepared
 
     def _count(self, device: torch.device) -> Tensor:
@@ -223,10 +229,9 @@ _Parameters = ctypes.c_void_p * 1
 
 
 class _Prepared(NamedTuple):
-    """For launches for tensors of the same layouts."""
+    """For a launch for tensors of the same layouts."""
 
     tables: LaunchTables
-    has_dense_runs: bool
     kernels: dict[Any, dict[str, Any]]
 
 

@@ -19,14 +19,16 @@ from ..arithmetic.rounding import is_stochastic, mix, step_key
 from ..arithmetic.scalars import BiasFactors, StepScalars
 from ..config import MicroAdamConfig
 from ..errors import ConfigError
-from ..layout import BlockRun, StateLayout
+from ..layout import BlockRun, DenseRun, StateLayout
 from .base import DeviceInputs, TensorStep
 from .structures import EXTENT_FIELDS, FloatScalars, Place, extents_of, float_values, place_of
 from .tensors import STATE_NAMES, Addresses
 
 MAX_TENSORS = 256  # so that a launch's parameters stay below 32 KiB
 RUN_SHIFT = 6  # runs are found by block number >> RUN_SHIFT
-VECTOR = 8  # elements a thread reads and writes at once
+VECTOR = 16  # elements a thread reads and writes at once
+WARP = 32
+MAX_WARPS = 8  # of a thread block
 DTYPES = {torch.float32: "Fp32", torch.bfloat16: "Bf16", torch.float16: "Fp16"}
 
 
@@ -34,17 +36,14 @@ class Run(Structure):
     """Top-K blocks of one length, or an interval on the dense path."""
 
     _fields_ = [
-        *((name, c_int64) for name in ("first_block", "tensor", "numel", "num_kept", "cols", "is_aligned")),
+        *((name, c_int64) for name in ("first_block", "tensor", "numel", "num_kept", "cols")),
         ("place", Place),
         *EXTENT_FIELDS,
     ]
 
 
 class _Tensor(Structure):
-    _fields_ = [
-        *((name, c_void_p) for name in ("param", "grad", *STATE_NAMES, "step")),
-        ("is_aligned", c_int64),
-    ]
+    _fields_ = [*((name, c_void_p) for name in ("param", "grad", *STATE_NAMES, "step"))]
 
 
 class _Scalars(FloatScalars):
@@ -80,7 +79,7 @@ class Shape:
     """Threads of a thread block and chunks of `VECTOR` elements that each of them holds."""
 
     threads: int
-    chunks: int
+    chunks: int = 1
 
     @property
     def capacity(self) -> int:
@@ -90,57 +89,86 @@ class Shape:
     @property
     def min_blocks(self) -> int:
         """Thread blocks that shall fit a multiprocessor at once: 1024 threads, fewer where they need more registers."""
-        return min(16, max(1, 1024 // (self.threads * max(1, self.chunks // 2))))
+        return max(1, 1024 // (self.threads * self.chunks))
 
     @classmethod
     def for_blocks(cls, longest: int) -> Shape:
-        """The smallest shape that holds blocks of up to ``longest`` elements."""
-        return next(shape for shape in SHAPES if longest <= shape.capacity)
-
-
-# 512 threads can have 128 registers each, which hold the longest block without spilling.
-SHAPES = tuple(Shape(*pair) for pair in ((32, 1), (64, 1), (128, 1), (256, 1), (256, 2), (512, 2), (512, 4), (512, 8)))
+        """The smallest shape that holds blocks of up to ``longest`` elements: more than 256 threads hold two chunks."""
+        warps = -(-longest // (WARP * VECTOR))
+        chunks = next(chunks for chunks in (1, 2, 4, 8) if warps <= chunks * MAX_WARPS)
+        return cls(WARP * -(-warps // chunks), chunks)
 
 
 class LaunchTables:
-    """What is the same in every launch for tensors of the same layouts.
-
-    Args:
-        layouts: Of the tensors of a launch, in their order.
-        device: Where the tables go.
-        shape: Instead of the one chosen for the longest block.
+    """What is the same in every launch for some blocks of the same tensors.
 
     Attributes:
-        longest: Elements of the longest Top-K block; 1 if there is none.
         shape: Of the thread blocks.
+        is_aligned: Whether vectors can be read and written.
+        longest: Elements of the longest Top-K block; 1 if there is none.
+        length: That of all of them, or 0 where it is not the same.
         num_blocks: Thread blocks of a launch.
         num_runs: Runs of Top-K blocks and of the dense path.
+        has_dense_runs: Whether some are of the dense path.
         runs, first_runs: Tables on the device, as uint8; see ``launch.cuh``.
     """
 
-    def __init__(self, layouts: Sequence[StateLayout], device: torch.device, shape: Shape | None = None) -> None:
-        self.longest = max((run.numel for layout in layouts for run in layout.runs), default=1)
-        self.shape = shape or Shape.for_blocks(self.longest)
+    def __init__(
+        self,
+        layouts: Sequence[StateLayout],
+        sparse_runs: Sequence[tuple[int, BlockRun]],
+        dense_runs: Sequence[tuple[int, DenseRun]],
+        shape: Shape,
+        is_aligned: bool,
+        device: torch.device,
+    ) -> None:
+        lengths = {run.numel for _, run in sparse_runs}
+        self.shape, self.is_aligned, self.has_dense_runs = shape, is_aligned, bool(dense_runs)
+        self.longest = max(lengths, default=1)
+        self.length = self.longest if len(lengths) == 1 else 0
         runs: list[Run] = []
         self.num_blocks = 0
-        for index, layout in enumerate(layouts):
-            for run in layout.runs:
-                runs.append(_sparse_run(run, index, self.num_blocks, place_of(layout.spans[run.span_index])))
-                self.num_blocks += run.num_blocks
-            for dense in layout.dense_runs:
-                dense_run = Run(self.num_blocks, index, dense.numel, place=place_of(layout.spans[dense.span_index]))
-                dense_run.elements.start, dense_run.values.start = dense.start, dense.state_start
-                runs.append(dense_run)
-                self.num_blocks += -(-dense.numel // self.shape.capacity)
+        for index, run in sparse_runs:
+            cols, place = 0 if run.is_gapless else run.cols, place_of(layouts[index].spans[run.span_index])
+            runs.append(Run(self.num_blocks, index, run.numel, run.num_kept, cols, place, *extents_of(run)))
+            self.num_blocks += run.num_blocks
+        for index, dense in dense_runs:
+            runs.append(
+                Run(self.num_blocks, index, dense.numel, place=place_of(layouts[index].spans[dense.span_index]))
+            )
+            runs[-1].elements.start, runs[-1].values.start = dense.start, dense.state_start
+            self.num_blocks += -(-dense.numel // shape.capacity)
         self.num_runs = len(runs)
         self.runs = _to_device((Run * (len(runs) + 1))(*runs, Run(self.num_blocks)), device)
         self.first_runs = _to_device(_first_runs(runs, self.num_blocks), device)
 
 
-def _sparse_run(run: BlockRun, tensor: int, first_block: int, place: Place) -> Run:
-    is_aligned = run.elements.is_multiple_of(VECTOR) and run.codes.is_multiple_of(VECTOR // 2)
-    cols = 0 if run.is_gapless else run.cols
-    return Run(first_block, tensor, run.numel, run.num_kept, cols, is_aligned, place, *extents_of(run))
+def launch_tables(
+    layouts: Sequence[StateLayout], is_aligned: bool, device: torch.device, shape: Shape | None = None
+) -> list[LaunchTables]:
+    """Tables of the launches that update tensors: one for the blocks of each shape, and whether they are aligned.
+
+    Args:
+        layouts: Of the tensors, in their order.
+        is_aligned: Whether all pointers are multiples of 16 bytes.
+        device: Where the tables go.
+        shape: Instead of the smallest one for each length.
+    """
+    sparse: dict[tuple[Shape, bool], list[tuple[int, BlockRun]]] = {}
+    for index, layout in enumerate(layouts):
+        for run in layout.runs:
+            key = shape or Shape.for_blocks(run.numel), is_aligned and _is_aligned(run)
+            sparse.setdefault(key, []).append((index, run))
+    dense = [(index, run) for index, layout in enumerate(layouts) for run in layout.dense_runs]
+    classes = list(sparse.items())
+    if dense and not classes:
+        classes = [((Shape(256), is_aligned), [])]
+    # The dense path goes with the first launch.
+    return [LaunchTables(layouts, runs, [] if i else dense, *key, device) for i, (key, runs) in enumerate(classes)]
+
+
+def _is_aligned(run: BlockRun) -> bool:
+    return run.numel % VECTOR == 0 and run.elements.is_multiple_of(VECTOR) and run.codes.is_multiple_of(VECTOR // 2)
 
 
 def _first_runs(runs: Sequence[Run], num_blocks: int) -> ctypes.Array[ctypes.c_uint32]:
@@ -165,6 +193,7 @@ def kernel_macros(
         "PARAM": DTYPES[param],
         "GRAD": DTYPES[grad or param],
         "REPLAY": int(grad is None),
+        "ALIGNED": int(tables.is_aligned),
         "THREADS": tables.shape.threads,
         "CHUNKS": tables.shape.chunks,
         "MIN_BLOCKS": tables.shape.min_blocks,
@@ -172,6 +201,7 @@ def kernel_macros(
         "BUCKET_SIZE": config.bucket_size,
         "PACKED_WINDOW": int(config.packed_window),
         "STOCHASTIC": int(is_stochastic(config.rounding, param)),
+        "LENGTH": tables.length,
         "MAX_KEPT": config.num_kept(tables.longest),
     }
 
@@ -193,10 +223,24 @@ def step_factors(config: MicroAdamConfig, device: torch.device) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64).float().to(device)
 
 
+def address_rows(tensors: Sequence[TensorStep], grads: Sequence[Tensor | None]) -> list[tuple[int, ...]]:
+    """For each tensor what ``Tensor`` in ``launch.cuh`` holds."""
+    addresses = Addresses.of(tensors, grads)
+    return list(zip(addresses.param, addresses.grad, *addresses.state, addresses.counter, strict=True))
+
+
+def are_aligned(rows: Iterable[tuple[int, ...]]) -> list[bool]:
+    """For each tensor whether all of its pointers are multiples of 16, but for that of its counter."""
+    *columns, _ = zip(*rows, strict=True)
+    bits: Iterable[int] = columns[0]
+    for column in filter(any, columns[1:]):
+        bits = map(operator.or_, bits, column)
+    return [b % 16 == 0 for b in bits]
+
+
 def fill_launch(
     tables: LaunchTables,
-    tensors: Sequence[TensorStep],
-    grads: Sequence[Tensor | None],
+    rows: Sequence[tuple[int, ...]],
     weights: Tensor,
     num_skipped: Tensor,
     dense_flags: Tensor | None,
@@ -204,9 +248,8 @@ def fill_launch(
     """Everything but the scalars.
 
     Args:
-        tables: Of the layouts of ``tensors``.
-        tensors: At most `MAX_TENSORS`.
-        grads: Their gradients, fp32, bf16 or fp16; None for all of them where only the weights are updated.
+        tables: Of the launch.
+        rows: See `address_rows`; at most `MAX_TENSORS`.
         weights: See `window_weights`.
         num_skipped: int32; the number of skipped blocks is added to its first element.
         dense_flags: int32, zeros, one for each run of the tables; None where there is no dense run.
@@ -219,16 +262,10 @@ def fill_launch(
         tables.first_runs.data_ptr(),
         num_skipped.data_ptr(),
         0 if dense_flags is None else dense_flags.data_ptr(),
-        len(tensors),
+        len(rows),
     )
-    addresses = Addresses.of(tensors, grads)
-    accessed = [addresses.param, addresses.grad, *addresses.state]
-    bits: Iterable[int] = accessed[0]
-    for column in filter(any, accessed[1:]):
-        bits = map(operator.or_, bits, column)
-    rows = zip(*accessed, addresses.counter, [b % 16 == 0 for b in bits], strict=True)
     # All fields from here on have 64 bits; to set them one by one takes several times as long.
-    num_values = len(head) + len(tensors) * len(_Tensor._fields_)
+    num_values = len(head) + len(rows) * len(_Tensor._fields_)
     launch = Launch()
     struct.pack_into(f"{num_values}q", launch, Launch.m_weights.offset, *head, *chain.from_iterable(rows))
     return launch
@@ -274,11 +311,14 @@ def device_inputs(inputs: DeviceInputs, config: MicroAdamConfig, factors: Tensor
     )
 
 
-def group_by_kernel(tensors: Iterable[TensorStep], grads: Iterable[Tensor | None]) -> list[list[int]]:
-    """Positions of the tensors that one launch can update: of the same dtypes and step, at most `MAX_TENSORS`."""
-    groups: dict[tuple[torch.dtype, torch.dtype | None, int], list[int]] = {}
-    for i, (tensor, grad) in enumerate(zip(tensors, grads, strict=True)):
-        groups.setdefault((tensor.param.dtype, None if grad is None else grad.dtype, tensor.step), []).append(i)
+def group_by_kernel(
+    tensors: Iterable[TensorStep], grads: Iterable[Tensor | None], aligned: Iterable[bool]
+) -> list[list[int]]:
+    """Positions of the tensors that go together: of the same dtypes, step and alignment, at most `MAX_TENSORS`."""
+    groups: dict[tuple[torch.dtype, torch.dtype | None, int, bool], list[int]] = {}
+    for i, (tensor, grad, is_aligned) in enumerate(zip(tensors, grads, aligned, strict=True)):
+        key = tensor.param.dtype, None if grad is None else grad.dtype, tensor.step, is_aligned
+        groups.setdefault(key, []).append(i)
     return [
         members[first : first + MAX_TENSORS]
         for members in groups.values()

@@ -18,11 +18,14 @@ from microadam_dist.backends.cuda_launch import (
     Launch,
     LaunchTables,
     Shape,
+    address_rows,
+    are_aligned,
     device_inputs,
     fill_launch,
     group_by_kernel,
     host_scalars,
     kernel_macros,
+    launch_tables,
     step_factors,
     window_weights,
 )
@@ -98,44 +101,49 @@ class HarnessBackend:
         grads = readable_grads(tensors)
         weights = window_weights(config, cpu)
         num_skipped = 0
-        for members in group_by_kernel(tensors, grads):
+        rows = address_rows(tensors, grads)
+        aligned = are_aligned(rows)
+        for members in group_by_kernel(tensors, grads, aligned):
             group, group_grads = [tensors[i] for i in members], [grads[i] for i in members]
-            tables = self._tables([tensor.layout for tensor in group])
-            skipped = torch.zeros(1 + tables.num_runs, dtype=torch.int32)
-            launch = fill_launch(tables, group, group_grads, weights, skipped, skipped[1:])
-            launch.scalars = host_scalars(group[0].step, config, grad_scale)
-            grad_dtype = None if group_grads[0] is None else group_grads[0].dtype
-            macros = kernel_macros(tables, config, group[0].param.dtype, grad_dtype)
-            memory = [tables.runs, tables.first_runs, weights, skipped]
-            if inputs is not None:
-                factors = step_factors(config, cpu)
-                scalars = torch.zeros(len(group) * SCALARS_BYTES, dtype=torch.uint8)
-                launch.inputs = device_inputs(inputs, config, factors)
-                launch.device_scalars = scalars.data_ptr()
-                memory += [
-                    factors,
-                    scalars,
-                    *(x for x in (inputs.lr, inputs.loss_scale, inputs.found_inf) if x is not None),
-                ]
-            for tensor, grad in zip(group, group_grads, strict=True):
-                memory += [x for x in (tensor.param, grad, tensor.counter) if x is not None]
-                memory += tensor.state.values()
-            self._run(launch, tables, macros, memory)
-            num_skipped += int(skipped[0])
+            on_device = torch.zeros(len(group) * SCALARS_BYTES, dtype=torch.uint8)
+            for number, tables in enumerate(self._tables([tensor.layout for tensor in group], aligned[members[0]])):
+                skipped = torch.zeros(1 + tables.num_runs, dtype=torch.int32)
+                launch = fill_launch(tables, [rows[i] for i in members], weights, skipped, skipped[1:])
+                launch.scalars = host_scalars(group[0].step, config, grad_scale)
+                grad_dtype = None if group_grads[0] is None else group_grads[0].dtype
+                macros = kernel_macros(tables, config, group[0].param.dtype, grad_dtype)
+                memory = [tables.runs, tables.first_runs, weights, skipped]
+                if inputs is not None:
+                    factors = step_factors(config, cpu)
+                    launch.inputs = device_inputs(inputs, config, factors)
+                    launch.device_scalars = on_device.data_ptr()
+                    memory += [
+                        factors,
+                        on_device,
+                        *(x for x in (inputs.lr, inputs.loss_scale, inputs.found_inf) if x is not None),
+                    ]
+                for tensor, grad in zip(group, group_grads, strict=True):
+                    memory += [x for x in (tensor.param, grad, tensor.counter) if x is not None]
+                    memory += tensor.state.values()
+                self._run(launch, tables, macros, memory, counts=inputs is not None and number == 0)
+                num_skipped += int(skipped[0])
         return num_skipped
 
     def _run(
-        self, launch: Launch, tables: LaunchTables, macros: Mapping[str, str | int], memory: Sequence[torch.Tensor]
+        self,
+        launch: Launch,
+        tables: LaunchTables,
+        macros: Mapping[str, str | int],
+        memory: Sequence[torch.Tensor],
+        counts: bool,
     ) -> None:
-        """Run the kernels of one launch, which may touch these tensors only."""
+        """Run the kernels of one launch, which may touch these tensors only; `counts`: also that of the scalars."""
         library = build_step(self._sources, {**macros, "CRAMPED": 1} if self._cramped else macros)
-        if launch.device_scalars:
+        if counts:
             library.harness_scalars(ctypes.byref(launch))
         assert library.harness_step(ctypes.byref(launch), tables.num_blocks, self._reverse), "threads wait for ever"
 
-    def _tables(self, layouts: Sequence[StateLayout]) -> LaunchTables:
-        tables = LaunchTables(layouts, torch.device("cpu"))
-        if not self._cramped:
-            return tables
-        shape = Shape(32, -(-tables.longest // Shape(32, 1).capacity))
-        return LaunchTables(layouts, torch.device("cpu"), shape)
+    def _tables(self, layouts: Sequence[StateLayout], is_aligned: bool) -> list[LaunchTables]:
+        longest = max((run.numel for layout in layouts for run in layout.runs), default=1)
+        shape = Shape(32, -(-longest // Shape(32).capacity)) if self._cramped else None
+        return launch_tables(layouts, is_aligned, torch.device("cpu"), shape)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Iterable
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,9 +25,12 @@ TYPES: dict[str, Any] = {
     "f16": np.float16,
     "f32": np.float32,
     "f64": np.float64,
+    "bf16x2": "u4",
     **{f"{kind}{8 * size}": f"{'i' if kind == 's' else 'u'}{size}" for kind in "bsu" for size in (1, 2, 4, 8)},
 }
 WARP = 32
+OF_WARPS = ("shfl", "redux", "match", "vote")  # instructions that all threads of a warp execute together
+WARP_BARRIER = ["bar", "warp"]
 MAX_STEPS = 40_000  # of a thread block; more is a loop without an end
 SHARED_BASE = 1024  # where shared memory begins, so that an offset is not taken for an address
 
@@ -132,18 +136,18 @@ class Races:
     _CONFLICTS = {"ld": ("st", "atom"), "st": ("ld", "st", "atom"), "atom": ("ld", "st")}  # noqa: RUF012
 
     def __init__(self, num_threads: int, num_bytes: int) -> None:
-        self._known = np.eye(num_threads, dtype="i4")  # row: what a thread knows of all
-        # Access -> for each word of 4 bytes the count at which each thread did it last.
-        self._last = {access: np.zeros((num_bytes // 4 + 1, num_threads), dtype="i4") for access in self._CONFLICTS}
+        self._known = np.eye(num_threads, dtype="i2")  # row: what a thread knows of all
+        # Access -> for each byte the count at which each thread did it last.
+        self._last = {access: np.zeros((num_bytes, num_threads), dtype="i2") for access in self._CONFLICTS}
 
     def access(self, access: str, threads: Array, addresses: Array, num_bytes: int) -> None:
         """Some threads access one address each."""
-        for offset in range(0, num_bytes, 4):
-            words = (addresses + offset - SHARED_BASE) // 4
-            for other in self._CONFLICTS[access]:
-                assert (self._last[other][words] <= self._known[threads]).all(), f"{access} races with {other}"
-            assert access != "st" or len(np.unique(words)) == len(words), "two threads store at one address"
-            self._last[access][words, threads] = self._known[threads, threads]
+        places = (addresses[:, None] - SHARED_BASE + np.arange(num_bytes)).ravel()
+        assert access != "st" or len(np.unique(places)) == len(places), "two threads store at one address"
+        threads = threads.repeat(num_bytes)
+        for other in self._CONFLICTS[access]:
+            assert (self._last[other][places] <= self._known[threads]).all(), f"{access} races with {other}"
+        self._last[access][places, threads] = self._known[threads, threads]
 
     def meet(self, threads: Array) -> None:
         """They have met at a barrier."""
@@ -194,9 +198,18 @@ class ThreadBlock:
                 assert ready.any(), "threads wait for ever"
                 if self._warp_by_warp:
                     ready &= self._ids // WARP == self._ids[ready][-1] // WARP
-                here = int(self._next[ready].min())  # those behind catch up
-                self._execute(self._kernel.instructions[here], np.flatnonzero(ready & (self._next == here)))
+                threads = next(filter(len, map(self._who_can, np.unique(self._next[ready]), repeat(ready))), None)
+                assert threads is not None, "a warp is never together"
+                self._execute(self._kernel.instructions[self._next[threads[0]]], threads)
         raise AssertionError("threads run for ever")
+
+    def _who_can(self, here: int, ready: Array) -> Array:
+        """The threads that can execute an instruction now; at one for a whole warp its threads wait for each other."""
+        threads: Array = np.flatnonzero(ready & (self._next == here))
+        if self._kernel.instructions[here].name[0] in (*OF_WARPS, "bar"):
+            warps, sizes = np.unique(threads // WARP, return_counts=True)
+            threads = threads[np.isin(threads // WARP, warps[sizes == WARP])]
+        return threads
 
     def _execute(self, instruction: Instruction, threads: Array) -> None:
         guard, name, operands = instruction
@@ -210,11 +223,18 @@ class ThreadBlock:
             self._next[threads] = self._kernel.labels[operands[0]]
         elif name[0] == "ret":
             self._next[threads] = -1
+        elif name[:2] == WARP_BARRIER:
+            for warp in self._whole_warps(threads).reshape(-1, WARP):
+                self._races.meet(warp)
         elif name[0] == "bar":
             self._wait(operands, threads)
+        elif name[:2] == ["cp", "async"]:
+            self._copy(name, operands, threads)
+        elif name[0] == "red":
+            self._atom(name, ["_", *operands], threads)
         elif name[0] in ("ld", "st", "atom"):
             getattr(self, f"_{name[0]}")(name, operands, threads)
-        elif name[0] in ("shfl", "redux"):
+        elif name[0] in OF_WARPS:
             getattr(self, f"_{name[0]}")(name, operands, self._whole_warps(threads))
         else:
             destination, *sources = operands
@@ -252,6 +272,8 @@ class ThreadBlock:
             for i, name in enumerate(names):
                 self._write(name, parts[:, i], threads)
             return
+        if operand == "_":
+            return
         register = self._registers[operand]
         if values.dtype != bool and values.dtype.itemsize == register.dtype.itemsize:
             values = np.ascontiguousarray(values).view(register.dtype)
@@ -278,6 +300,12 @@ class ThreadBlock:
         for i, destination in enumerate(destinations):
             self._write(destination, values[:, i], threads)
 
+    def _copy(self, name: list[str], operands: list[str], threads: Array) -> None:
+        if operands:  # otherwise it waits for copies, which are done at once here
+            values = self._spaces["global"].load(self._addresses(operands[1], threads), "u1", int(operands[2]))
+            space, addresses, _ = self._access(["st", "shared", "b8"], operands[0], threads, int(operands[2]))
+            space.store(addresses, values)
+
     def _st(self, name: list[str], operands: list[str], threads: Array) -> None:
         sources = _elements(operands[1])
         space, addresses, kind = self._access(name, operands[0], threads, len(sources))
@@ -285,9 +313,15 @@ class ThreadBlock:
         space.store(addresses, np.stack(values, axis=1))
 
     def _atom(self, name: list[str], operands: list[str], threads: Array) -> None:
-        space, addresses, kind = self._access(name, operands[1], threads)
+        space, addresses, kind = self._access(["atom", *name[1:]], operands[1], threads)
         values = self._read(operands[2], kind, threads)
-        combine = {"add": np.add, "min": np.minimum, "max": np.maximum, "exch": lambda _, new: new}[name[2]]
+        combine = {
+            "add": np.add,
+            "or": np.bitwise_or,
+            "min": np.minimum,
+            "max": np.maximum,
+            "exch": lambda _, new: new,
+        }[name[2]]
         before = np.empty_like(values)
         for i in range(len(threads)):  # one after the other
             old = space.load(addresses[i : i + 1], kind)
@@ -320,7 +354,7 @@ class ThreadBlock:
         distance, clamp, members = (self._read(operand, "i4", threads).reshape(-1, WARP) for operand in operands[2:])
         assert (members == -1).all(), "a shuffle of a part of a warp"
         lane = np.arange(WARP)
-        source = lane - distance if name[2] == "up" else lane ^ distance
+        source = {"up": lane - distance, "bfly": lane ^ distance, "idx": distance}[name[2]]
         exists = source >= (clamp & 31) if name[2] == "up" else source <= (clamp & 31)
         source = np.where(exists, source, lane)
         self._write(destination, np.take_along_axis(values, source, axis=1).ravel(), threads)
@@ -328,11 +362,23 @@ class ThreadBlock:
             self._write(predicate, exists.ravel(), threads)
 
     def _redux(self, name: list[str], operands: list[str], threads: Array) -> None:
-        assert name[3] == "u32" or name[2] == "add"
+        assert name[3] in ("u32", "b32") or name[2] == "add"
         assert (self._read(operands[2], "i4", threads) == -1).all(), "a reduction over a part of a warp"
         warps = self._read(operands[1], "u4", threads).reshape(-1, WARP)
-        reduced = {"add": np.add, "max": np.maximum}[name[2]].reduce(warps, axis=1, dtype="u4")
-        self._write(operands[0], reduced.repeat(WARP), threads)
+        combine = {"add": np.add, "max": np.maximum, "or": np.bitwise_or}[name[2]]
+        self._write(operands[0], combine.reduce(warps, axis=1, dtype="u4").repeat(WARP), threads)
+
+    def _match(self, name: list[str], operands: list[str], threads: Array) -> None:
+        assert name[1] == "any" and (self._read(operands[2], "i4", threads) == -1).all()
+        warps = self._read(operands[1], "u4", threads).reshape(-1, WARP)
+        same = warps[:, :, None] == warps[:, None, :]
+        self._write(operands[0], (same << np.arange(WARP, dtype="u8")).sum(axis=2).astype("u4").ravel(), threads)
+
+    def _vote(self, name: list[str], operands: list[str], threads: Array) -> None:
+        assert name[2] == "any" and (self._read(operands[2], "i4", threads) == -1).all()
+        guard = operands[1]
+        holds = self._registers[guard.lstrip("!")][threads] ^ guard.startswith("!")
+        self._write(operands[0], holds.reshape(-1, WARP).any(axis=1).repeat(WARP), threads)
 
 
 # ---------------------------------------------------------------- instructions without side effects
@@ -395,6 +441,16 @@ def compute(name: list[str], *x: Array) -> Array:
             result = np.where(x[0] == x[1], _as_bits(x[0]) & _as_bits(x[1]), _as_bits(np.fmax(*x)))
         case ["max", "NaN", "f32"]:
             result = np.where(np.isnan(x[0] + x[1]), np.float32(np.nan), compute(["max", "f32"], *x).view("f4"))
+        case ["min" | "max" as which, *nan, "bf16x2"]:
+            result = _of_pairs(which, nan == ["NaN"], *x)
+        case ["dp4a", "u32", "u32"]:
+            result = sum(((x[0] >> i & 0xFF) * (x[1] >> i & 0xFF) for i in range(0, 32, 8)), x[2])
+        case ["clz", "b32"]:
+            result = (32 - np.frexp(x[0].astype("f8"))[1]).astype("u4")
+        case ["bfind", "u32"]:
+            result = (np.frexp(x[0].astype("f8"))[1] - 1).astype("u4")
+        case ["brev", "b32"]:
+            result = sum(((x[0] >> i & 1) << (31 - i) for i in range(32)), np.zeros_like(x[0]))
         case ["min", _]:
             result = np.minimum(*x)
         case ["max", _]:
@@ -453,6 +509,17 @@ def _bf16(x: Array) -> Array:
     """The bf16 number nearest to an fp32 one, of two the even one."""
     bits = _as_bits(x)
     return np.where(np.isnan(x), 0x7FFF, (bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("u4")
+
+
+def _of_pairs(which: str, nan_wins: bool, a: Array, b: Array) -> Array:
+    """The smaller or larger one of two bf16 numbers in each half, -0 below +0."""
+    halves = [np.ascontiguousarray(x).view("i2").astype("i4") for x in (a, b)]
+    sign = 1 if which == "max" else -1
+    order = [sign * np.where(x < 0, -(x & 0x7FFF) - 1, x) for x in halves]
+    order = [
+        np.where((x & 0x7FFF) > 0x7F80, (1 if nan_wins else -1) << 20, y) for x, y in zip(halves, order, strict=True)
+    ]
+    return np.where(order[0] > order[1], *halves).astype("i2").view("u4")
 
 
 def _permute_bytes(low: Array, high: Array, selector: Array) -> Array:

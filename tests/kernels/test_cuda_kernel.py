@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from microadam_dist.arithmetic.scalars import StepScalars
-from microadam_dist.backends.cuda_launch import SHAPES, step_factors
+from microadam_dist.backends.cuda_launch import Shape, step_factors
 from microadam_dist.config import MAX_BLOCK_SIZE, MicroAdamConfig
 
 from .cases import BF16, FP16, FP32, KERNEL_CASES, Case, is_replayed, replay_case
@@ -65,8 +65,12 @@ def test_one_call_for_many_tensors() -> None:
 
 
 def test_every_block_size_has_a_shape() -> None:
-    assert SHAPES[-1].capacity == MAX_BLOCK_SIZE
-    assert sorted(SHAPES, key=lambda shape: shape.capacity) == list(SHAPES)
+    for longest in range(1, MAX_BLOCK_SIZE + 1):
+        shape = Shape.for_blocks(longest)
+        assert shape.capacity >= longest and shape.threads <= 256
+        assert shape.chunks == 1 or shape.threads > 128
+        # Not one warp too many.
+        assert (shape.threads - 32) * shape.chunks * 16 < longest
 
 
 # ---------------------------------------------------------------- numbers that lie on the device
@@ -95,8 +99,8 @@ def test_step_factors_hold_for_ever(betas: tuple[float, float], correction: str)
 MISTAKES = {
     "ties to the highest index": (
         "topk.cuh",
-        "for (int j = kVector - 1; __popc(mask) > count; --j)",
-        "for (int j = 0; __popc(mask) > count; ++j)",
+        "mask ^= 1u << highest_bit(mask);",
+        "mask &= mask - 1;",
     ),
     "a kept element is not cleared": ("window.cuh", "scale) : 0.f;", "scale) : a[j];"),
     "two keys are exchanged": (
@@ -114,29 +118,37 @@ MISTAKES = {
         "int age = s.scalars.num_weights - 1; age >= (Traits::kReplays ? 0 : 1); --age",
         "int age = 1; age < s.scalars.num_weights; ++age",
     ),
-    "no barrier between slots": ("window.cuh", "sync_first_threads(num_threads);", ";"),
+    "no barrier between slots": ("window.cuh", "sync_threads_beside(num_threads);", ";"),
     "no barrier before the weights are updated": (
-        "block_step.cuh",
-        "a[c]);\n    update_slots(c, s);\n    __syncthreads();",
-        "a[c]);\n    update_slots(c, s);",
+        "window.cuh",
+        "scalars);\n    }\n  }\n  __syncwarp();",
+        "scalars);\n    }\n  }",
     ),
     "the error is not rounded to even": (
         "error_feedback.cuh",
         "scaled * as_float(1u)",
         "(scaled + 1e-3f) * as_float(1u)",
     ),
-    "the last bucket reads beyond the block": ("error_feedback.cuh", "if (!kAligned && j >= count) continue;", ""),
-    "an element is updated once for every slot": ("window.cuh", "if (v >= 0.f)", "if (true)"),
+    "the last bucket reads beyond the block": (
+        "error_feedback.cuh",
+        "if (!Traits::kAligned && j >= count) continue;",
+        "",
+    ),
+    "an element that only older slots hold is left": ("window.cuh", "s.touched[threadIdx.x] | kept.mask", "kept.mask"),
     "an empty slot keeps old values": ("slot.cuh", "store_entry(i, i, 0, s);", ";"),
     "packed: an index loses its upper bits": (
         "slot.cuh",
-        "bytes[1] |= static_cast<uint8>((index & 15u) << 4);",
-        "bytes[1] |= static_cast<uint8>((index & 7u) << 4);",
+        "[1] |= static_cast<uint8>((entry & 15u) << 4);",
+        "[1] |= static_cast<uint8>((entry & 7u) << 4);",
     ),
     "the noise of all blocks is the same": ("block.cuh", "place.origin + element", "place.origin"),
     "two elements have the same noise": ("rounding.cuh", "counter + 2 * i * kPositionFactor", "counter"),
     "noise is not cut off": ("rounding.cuh", "* kNoiseFactor >> 16", "* kNoiseFactor >> 15"),
-    "packed: the rounding error is lost": ("window.cuh", "a[j] - stored_value(as_float(value), scale)", "0.f"),
+    "packed: the rounding error is lost": (
+        "window.cuh",
+        "a[j] - stored_value(to_float(Bf16{bf16_bits(a[j])}), scale)",
+        "0.f",
+    ),
     "packed: the scale is that of a warp": (
         "topk.cuh",
         "atomicMax(&s.largest_key, largest);",
@@ -152,6 +164,7 @@ _WATCHED = [
     "shifted",
     "most-kept",
     "bfloat16-bfloat16",
+    "normal-bf16",
     "row-1000",
     "one-kept-odd",
 ]

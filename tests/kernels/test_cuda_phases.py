@@ -34,8 +34,8 @@ def pointer(array: np.ndarray) -> ctypes.c_void_p:
 @pytest.mark.parametrize("gradient", GRADIENTS)
 def test_top_k(gradient: Gradient, settings: tuple[int, int, int]) -> None:
     phases = build(SOURCES / "harness" / "phases.cpp")
-    capacity = settings[0] * settings[1] * 8
-    for numel in (capacity, capacity - 8, capacity - 37, 64, 1):
+    capacity = settings[0] * settings[1] * 16
+    for numel in (capacity, capacity - 16, capacity - 37, 64, 1):
         a = numbers(gradient, numel)
         for num_kept in {1, numel // 100 + 1, numel // 7 + 1, numel - numel // 5, numel}:
             places, is_finite = np.empty(numel, np.int32), ctypes.c_int()
@@ -52,14 +52,14 @@ def test_top_k(gradient: Gradient, settings: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize("gradient", [gradient for gradient in GRADIENTS if gradient.__name__ != "nonfinite"])
 def test_encode(gradient: Gradient, settings: tuple[int, int, int]) -> None:
     phases = build(SOURCES / "harness" / "phases.cpp")
-    capacity, bucket_size = settings[0] * settings[1] * 8, settings[2]
-    for numel in (capacity, capacity - 8, capacity - 37, 64, 1):
+    capacity, bucket_size = settings[0] * settings[1] * 16, settings[2]
+    for numel in (capacity, capacity - 16, capacity - 37, 64, 1):
         residual = numbers(gradient, numel)
         with np.errstate(all="ignore"):
             codes, lo, hi = encode(list(residual), bucket_size, levels=15)
         stored = np.full(-(-numel // 2), 255, np.uint8)
         ranges = np.zeros((2, len(lo)), np.uint16)
-        for aligned in {0, numel % 8 == 0}:
+        for aligned in {0, numel % 16 == 0}:
             arrays = pointer(stored), pointer(ranges[0]), pointer(ranges[1])
             assert phases.phase_encode(*settings, pointer(residual), numel, aligned, *arrays, numel % 2) == 1
             assert np.stack([stored & 15, stored >> 4], 1).ravel().tolist() == codes + [0] * (numel % 2)

@@ -7,13 +7,10 @@ blocks.
 
 from __future__ import annotations
 
-import ctypes
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -23,61 +20,13 @@ from microadam_dist.errors import BackendUnavailableError
 
 from .cases import BF16, FP16, FP32, Case, nonfinite, part, replay_case, ties, whole
 from .checks import assert_same_bits, assert_same_with_numbers_on_the_device
-from .cuda_harness import SOURCES, HarnessBackend, copy_with_mistake
-from .ptx import Kernel, Memory, ThreadBlock
+from .cuda_harness import copy_with_mistake
+from .ptx_backend import PtxBackend
 
 try:
     nvrtc.nvrtc_version()
 except BackendUnavailableError as error:
     pytest.skip(str(error), allow_module_level=True)
-
-
-def compile_to_ptx(macros: Mapping[str, str | int], arch: str, folder: Path) -> str:
-    """As `nvrtc.compile_kernel`, but one stage less."""
-    from cuda.bindings import nvrtc as bindings
-
-    options = nvrtc.compile_options(macros, arch, folder).as_bytes("nvrtc")
-    source = (folder / nvrtc.SOURCE_NAME).read_bytes()
-    _, program = bindings.nvrtcCreateProgram(source, nvrtc.SOURCE_NAME.encode(), 0, [], [])
-    (error,) = bindings.nvrtcCompileProgram(program, len(options), options)
-    assert error == bindings.nvrtcResult.NVRTC_SUCCESS
-    _, size = bindings.nvrtcGetPTXSize(program)
-    ptx = b" " * size
-    bindings.nvrtcGetPTX(program, ptx)
-    bindings.nvrtcDestroyProgram(program)
-    return ptx.decode()
-
-
-@functools.cache
-def kernels(macros: frozenset[tuple[str, str | int]], arch: str, folder: Path) -> tuple[Kernel, Kernel]:
-    ptx = compile_to_ptx(dict(macros), arch, folder)
-    return Kernel(ptx, "microadam_scalars"), Kernel(ptx, "microadam_step")
-
-
-class PtxBackend(HarnessBackend):
-    """Runs the kernel's PTX.
-
-    Args:
-        arch: What it is compiled for.
-        warp_by_warp: See `ThreadBlock`.
-        sources: Another copy of ``csrc/cuda``.
-    """
-
-    def __init__(self, arch: str = "compute_90", warp_by_warp: bool = False, sources: Path = SOURCES) -> None:
-        super().__init__(sources=sources)
-        self._arch, self._warp_by_warp = arch, warp_by_warp
-
-    def _run(
-        self, launch: Launch, tables: LaunchTables, macros: Mapping[str, str | int], memory: Sequence[torch.Tensor]
-    ) -> None:
-        scalars, step = kernels(frozenset(macros.items()), self._arch, self._sources)
-        regions = {tensor.data_ptr(): tensor.nbytes for tensor in memory}
-        bytes_at = {at: np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(at)) for at, size in regions.items()}
-        parts = Memory(bytes_at.items())
-        if launch.device_scalars:
-            ThreadBlock(scalars, 32, 0, bytes(launch), parts).run()
-        for index in range(tables.num_blocks):
-            ThreadBlock(step, tables.shape.threads, index, bytes(launch), parts, self._warp_by_warp).run()
 
 
 _ROW = {"block_size": 4096, "window_size": 1, "density": 0.1, "weight_decay": 0.1}
@@ -138,7 +87,12 @@ class FarBackend(PtxBackend):
     far = 2**33
 
     def _run(
-        self, launch: Launch, tables: LaunchTables, macros: Mapping[str, str | int], memory: Sequence[torch.Tensor]
+        self,
+        launch: Launch,
+        tables: LaunchTables,
+        macros: Mapping[str, str | int],
+        memory: Sequence[torch.Tensor],
+        counts: bool,
     ) -> None:
         window = int(macros["WINDOW_SIZE"])
         distance = {"param": 4, "grad": 4, "codes": 1 / 2, "bucket_lo": 2 / 64, "bucket_hi": 2 / 64}
@@ -153,7 +107,7 @@ class FarBackend(PtxBackend):
             run.buckets.start += self.far // 64
             run.indices.start += self.far
             run.values.start += self.far
-        super()._run(launch, tables, macros, memory)
+        super()._run(launch, tables, macros, memory, counts)
 
 
 def test_offsets_beyond_32_bits() -> None:
@@ -168,12 +122,12 @@ MISTAKES = {
         '"r"(first), "r"(second), "r"(codes)',
     ),
     "two keys are exchanged": ("device.cuh", '"f"(high), "f"(low)', '"f"(low), "f"(high)'),
-    "NaN is not the largest": ("device.cuh", "max.NaN.f32", "max.f32"),
+    "NaN is not the largest": ("device.cuh", "max.NaN.bf16x2", "max.bf16x2"),
     "a lane too many is added": ("device.cuh", "  @is_there add", "  add"),
     "no barrier before the weights are updated": (
-        "block_step.cuh",
-        "a[c]);\n    update_slots(c, s);\n    __syncthreads();",
-        "a[c]);\n    update_slots(c, s);",
+        "window.cuh",
+        "scalars);\n    }\n  }\n  __syncwarp();",
+        "scalars);\n    }\n  }",
     ),
 }
 

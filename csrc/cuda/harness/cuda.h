@@ -29,13 +29,15 @@ struct alignas(16) float4 {
 namespace harness {
 
 extern Dim3 thread, block;
+extern char* shared_memory;
 
-// Waits for the other members of a group: the block, one warp, or its first threads.
+// Waits for the other members of a group: the block, one warp, or `count` threads.
 void wait_for_block();
 void wait_for_warp();
-void wait_for_first(int count);
-// What lane `source` of this warp gave in the same call.
-unsigned exchange(unsigned value, unsigned source);
+void wait_for(int count);
+// What the lanes of this warp gave in the same call, until done_with_lanes() is called.
+const unsigned* from_lanes(unsigned value);
+void done_with_lanes();
 unsigned lane();
 
 template <class To, class From>
@@ -48,7 +50,18 @@ inline To bit_cast(From from) {
 
 template <class T>
 inline T shuffle(T value, unsigned source) {
-  return bit_cast<T>(exchange(bit_cast<unsigned>(value), source));
+  const unsigned result = from_lanes(bit_cast<unsigned>(value))[source];
+  done_with_lanes();
+  return bit_cast<T>(result);
+}
+
+// x = f(x, value of lane i, i) for all lanes.
+template <class F>
+inline unsigned over_lanes(unsigned value, unsigned x, const F& f) {
+  const unsigned* const values = from_lanes(value);
+  for (unsigned i = 0; i < 32; ++i) x = f(x, values[i], i);
+  done_with_lanes();
+  return x;
 }
 
 }  // namespace harness
@@ -74,6 +87,10 @@ inline float __fsqrt_rn(float x) { return sqrtf(x); }
 inline int __float2int_rn(float x) { return static_cast<int>(nearbyintf(x)); }
 #define __builtin_assume(condition)
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline unsigned __dp4a(unsigned a, unsigned b, unsigned c) {
+  for (int i = 0; i < 32; i += 8) c += (a >> i & 0xff) * (b >> i & 0xff);
+  return c;
+}
 
 template <class A, class B>
 inline auto min(A a, B b) -> decltype(a + b) {
@@ -81,6 +98,12 @@ inline auto min(A a, B b) -> decltype(a + b) {
 }
 
 inline void __syncthreads() { harness::wait_for_block(); }
+inline void __syncwarp() { harness::wait_for_warp(); }
+
+template <class T>
+inline T __shfl_sync(unsigned, T value, int source) {
+  return harness::shuffle(value, source);
+}
 
 template <class T>
 inline T __shfl_xor_sync(unsigned, T value, int mask) {
@@ -90,23 +113,30 @@ template <class T>
 inline T __shfl_up_sync(unsigned, T value, unsigned distance) {
   return harness::shuffle(value, harness::lane() < distance ? harness::lane() : harness::lane() - distance);
 }
-inline unsigned __reduce_add_sync(unsigned mask, unsigned value) {
-  for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(mask, value, distance);
-  return value;
+inline unsigned __reduce_add_sync(unsigned, unsigned value) {
+  return harness::over_lanes(value, 0, [](unsigned x, unsigned other, unsigned) { return x + other; });
 }
-
-inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
-  for (int distance = 16; distance > 0; distance /= 2) {
-    const unsigned other = __shfl_xor_sync(mask, value, distance);
-    value = other > value ? other : value;
-  }
-  return value;
+inline unsigned __reduce_max_sync(unsigned, unsigned value) {
+  return harness::over_lanes(value, 0, [](unsigned x, unsigned other, unsigned) { return x > other ? x : other; });
 }
+inline unsigned __reduce_or_sync(unsigned, unsigned value) {
+  return harness::over_lanes(value, 0, [](unsigned x, unsigned other, unsigned) { return x | other; });
+}
+inline unsigned __match_any_sync(unsigned, unsigned value) {
+  return harness::over_lanes(value, 0,
+                             [=](unsigned x, unsigned other, unsigned i) { return x | (value == other) << i; });
+}
+inline int __any_sync(unsigned mask, int condition) { return __reduce_or_sync(mask, condition != 0) != 0; }
 
 template <class T>
 inline T atomicAdd(T* p, T x) {
   const T old = *p;
   *p += x;
+  return old;
+}
+inline unsigned atomicOr(unsigned* p, unsigned x) {
+  const unsigned old = *p;
+  *p |= x;
   return old;
 }
 template <class T>
@@ -137,16 +167,26 @@ namespace microadam {
 
 struct Fp16;
 
-inline float max_or_nan(float a, float b) { return isnan(a) || isnan(b) ? NAN : a > b ? a : b; }
 inline unsigned add_from_lane_before(unsigned x, int distance) {
   const unsigned other = __shfl_up_sync(0, x, distance);
   return harness::lane() < static_cast<unsigned>(distance) ? x : x + other;
 }
 inline unsigned in_register(unsigned x) { return x; }
+inline int highest_bit(unsigned x) { return x == 0 ? -1 : 31 - __builtin_clz(x); }
+inline unsigned shared_address(const void* p) {
+  return static_cast<unsigned>(static_cast<const char*>(p) - harness::shared_memory);
+}
+inline void count_at(unsigned address) { ++*reinterpret_cast<unsigned*>(harness::shared_memory + address); }
+inline void copy_ahead(void* to, const void* from) { memcpy(to, from, 32); }
+inline void wait_for_copies() {}
+inline void sync_threads_beside(int count) { harness::wait_for(count); }
+inline unsigned signs_of_halves(unsigned low, unsigned high) {
+  const unsigned signs = __byte_perm(low, high, 0x7531) >> 7 & 0x01010101u;
+  return signs * 0xffu;
+}
 inline unsigned put_first(unsigned codes, int first, int second) {
   return codes << 8 | min(max(second, 0), 15) << 4 | min(max(first, 0), 15);
 }
-inline void sync_first_threads(int count) { harness::wait_for_first(count); }
 
 inline unsigned short round_to_bf16(float x) {
   if (isnan(x)) return 0x7fff;  // as the instruction
@@ -154,6 +194,25 @@ inline unsigned short round_to_bf16(float x) {
   return static_cast<unsigned short>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 inline unsigned bf16_pair(float low, float high) { return round_to_bf16(low) | round_to_bf16(high) << 16; }
+
+// f(a, b) of each half of two words.
+template <class F>
+inline unsigned by_halves(unsigned a, unsigned b, const F& f) {
+  return f(a & 0xffff, b & 0xffff) | f(a >> 16, b >> 16) << 16;
+}
+// The bits of bf16 numbers, in the order of integers.
+inline int in_order(unsigned bits) {
+  return bits & 0x8000 ? -static_cast<int>(bits & 0x7fff) - 1 : static_cast<int>(bits);
+}
+inline unsigned min_pair(unsigned a, unsigned b) {
+  return by_halves(a, b, [](unsigned x, unsigned y) { return in_order(x) < in_order(y) ? x : y; });
+}
+inline unsigned max_pair(unsigned a, unsigned b) {
+  return by_halves(a, b, [](unsigned x, unsigned y) { return in_order(x) > in_order(y) ? x : y; });
+}
+// For numbers that are not negative: NaN is the largest.
+inline unsigned max_pair_or_nan(unsigned a, unsigned b) { return max_pair(a, b); }
+
 inline unsigned short fp16_bits(float x) { return harness::bit_cast<unsigned short>(static_cast<_Float16>(x)); }
 float to_float(Fp16 x);
 

@@ -16,6 +16,7 @@ float to_float(Fp16 x) { return static_cast<float>(harness::bit_cast<_Float16>(x
 namespace harness {
 
 Dim3 thread, block;
+char* shared_memory;
 
 namespace {
 
@@ -67,7 +68,7 @@ void make_context(Context* context, char* stack, void (*entry)()) {
 Context contexts[kMaxThreads], main_context;
 bool has_ended[kMaxThreads], is_stuck;
 int num_threads, num_running, direction;
-Barrier block_barrier, first_barrier, warp_barriers[kMaxThreads / 32];
+Barrier block_barrier, beside_barrier, warp_barriers[kMaxThreads / 32];
 unsigned given[kMaxThreads];  // to `exchange`
 alignas(64) char stacks[kMaxThreads][kStackBytes];
 void (*call)(const void* function);
@@ -117,7 +118,7 @@ void run_thread() {
 
 void run_all(bool reverse) {
   direction = reverse ? -1 : 1;
-  block_barrier = first_barrier = Barrier();
+  block_barrier = beside_barrier = Barrier();
   for (Barrier& barrier : warp_barriers) barrier = Barrier();
   for (int i = 0; i < num_threads; ++i) {
     has_ended[i] = false;
@@ -134,7 +135,8 @@ void run_all(bool reverse) {
 template <class Traits, class F>
 bool run_block(bool reverse, const F& f) {
   alignas(64) static microadam::Shared<Traits> shared;
-  memset(static_cast<void*>(&shared), 0xcd, sizeof shared);
+  shared_memory = reinterpret_cast<char*>(&shared);
+  memset(shared_memory, 0xcd, sizeof shared);
   num_threads = Traits::kThreads;
   call = [](const void* function) { (*static_cast<const F*>(function))(shared); };
   function = &f;
@@ -146,15 +148,14 @@ bool run_block(bool reverse, const F& f) {
 
 unsigned lane() { return thread.x % 32; }
 void wait_for_block() { wait_at(block_barrier, num_threads); }
+void wait_for(int count) { wait_at(beside_barrier, count); }
 void wait_for_warp() { wait_at(warp_barriers[thread.x / 32], 32); }
-void wait_for_first(int count) { wait_at(first_barrier, count); }
 
-unsigned exchange(unsigned value, unsigned source) {
+const unsigned* from_lanes(unsigned value) {
   given[thread.x] = value;
   wait_for_warp();
-  const unsigned result = given[thread.x / 32 * 32 + source];
-  wait_for_warp();
-  return result;
+  return given + thread.x / 32 * 32;
 }
+void done_with_lanes() { wait_for_warp(); }
 
 }  // namespace harness

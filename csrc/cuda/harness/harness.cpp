@@ -9,10 +9,9 @@
 namespace {
 
 #ifdef MICROADAM_CRAMPED
-// Too little space for the window and for what is kept, so that every case takes the ways around that.
+// Too little space for the window, so that every case takes the ways around that.
 struct Traits : microadam::KernelTraits<microadam::Settings> {
-  static constexpr int kStageCapacity = kWindowEntries / 2 + 1, kListCapacity = 8;
-  static constexpr bool kListHoldsSection = false;
+  static constexpr bool kIsStaged = false;
 };
 #else
 using Traits = microadam::KernelTraits<microadam::Settings>;
