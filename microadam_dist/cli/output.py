@@ -31,7 +31,7 @@ class OneLineErrors(TyperGroup):
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run the command line and leave the process."""
         try:
-            sys.exit(super().main(*args, **{**kwargs, "standalone_mode": False}))
+            sys.exit(super().main(*args, **{**kwargs, "standalone_mode": False}) or 0)
         except _UsageError as error:
             if type(error).__name__ == "NoArgsIsHelpError":  # its help has been printed
                 sys.exit(2)
