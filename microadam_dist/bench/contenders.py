@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from ..config import MicroAdamConfig
-from ..errors import MicroAdamError
 from ..layout import WINDOW_TENSORS
 from ..optimizer import MicroAdam
 from .workload import ROW_NUMEL, Tensors, Workload
 
 BASELINE = "AdamW fused"
+FOREACH = "AdamW foreach"
 COPY = "copy"
 REFERENCE_NUMEL = 1 << 20  # it takes a hundred times as long as a kernel
 
@@ -55,6 +55,7 @@ class Comparison:
         reference: Whether the pure PyTorch backend takes part.
         deepspeed: Whether DeepSpeedCPUAdam does, whose op is compiled at first use.
         in_backward: Whether MicroAdam also steps tensor by tensor, as it does where gradients are released.
+        only: Parts of the names of those that take part beside the baseline, in any case; empty: all.
     """
 
     device: torch.device
@@ -63,13 +64,27 @@ class Comparison:
     reference: bool = True
     deepspeed: bool = False
     in_backward: bool = False
+    only: tuple[str, ...] = ()
+
+    def selects(self, name: str) -> bool:
+        """Whether a contender takes part."""
+        return not self.only or any(part.lower() in name.lower() for part in self.only)
 
 
-def needed_bytes(workload: Workload, dtype: torch.dtype, comparison: Comparison) -> int:
-    """What `make_contenders` and their first step allocate at least."""
-    ours = len(comparison.configs) * len(comparison.isas or (None,)) * (1 + comparison.in_backward)
-    numbers = 3 + 2 + 2  # weights, gradients and the copy; the moments of AdamW, fused and foreach
-    return workload.numel * (numbers * dtype.itemsize + ours)
+def needed_bytes(workload: Workload, dtype: torch.dtype, comparison: Comparison, together: bool) -> int:
+    """What the contenders and their first steps allocate at least.
+
+    Args:
+        workload, dtype: Of weights and gradients.
+        comparison: Which contenders there are.
+        together: All of them at once; otherwise one after another, and AdamW has the largest state.
+    """
+    names = contender_names(comparison)
+    numbers = 2  # weights and gradients
+    state = [0.6 * name.startswith("MicroAdam") for name in names]  # bytes a parameter, at least
+    state += [2.0 * dtype.itemsize for name in names if name in (BASELINE, FOREACH)]
+    state += [1.0 * dtype.itemsize for name in names if name == COPY]
+    return int(workload.numel * (numbers * dtype.itemsize + (sum(state) if together else max(state))))
 
 
 def free_bytes(device: torch.device) -> int:
@@ -79,36 +94,37 @@ def free_bytes(device: torch.device) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def make_contenders(
-    workload: Workload, dtype: torch.dtype, comparison: Comparison
-) -> tuple[list[Contender], dict[str, str]]:
-    """All contenders that can run here, the copy first; and by name why the others cannot.
+def contender_names(comparison: Comparison) -> list[str]:
+    """Those that take part, the copy first; whether they can is seen when they are made."""
+    return list(_makers(comparison))
 
-    They update the same parameters, so that only their states add up.
-    """
-    tensors = Tensors(workload, dtype, comparison.device)
-    contenders, missing = [_copy(tensors)], {}
+
+def contender_makers(
+    workload: Workload, dtype: torch.dtype, comparison: Comparison
+) -> dict[str, Callable[[], Contender]]:
+    """By name what makes each contender, for new parameters that all of them update."""
+    tensors = small = Tensors(workload, dtype, comparison.device)
+    if comparison.reference and workload.numel > REFERENCE_NUMEL:
+        small = Tensors(Workload("", ((REFERENCE_NUMEL // ROW_NUMEL, ROW_NUMEL),)), dtype, comparison.device)
+    return {name: partial(make, tensors, small) for name, make in _makers(comparison).items()}
+
+
+def _makers(comparison: Comparison) -> dict[str, Callable[[Tensors, Tensors], Contender]]:
+    """They are given the tensors, and few of them for what is slow."""
+    makers: dict[str, Callable[[Tensors, Tensors], Contender]] = {COPY: _copy}
     config = next(iter(comparison.configs.values()))
     settings = {"lr": config.lr, "weight_decay": config.weight_decay}
     for name, make in _others(comparison).items():
-        try:
-            contenders.append(_contender(name, tensors, make(tensors.params, **settings)))
-        except (ImportError, OSError, RuntimeError) as error:
-            missing[name] = str(error)
-    small = Tensors(Workload("", ((REFERENCE_NUMEL // ROW_NUMEL, ROW_NUMEL),)), dtype, comparison.device)
+        makers[name] = partial(_other, name=name, make=make, settings=settings)
     for backend, isa in _backends(comparison):
         for setting, config in comparison.configs.items():
-            name = " ".join(filter(None, ["MicroAdam", setting, backend, isa]))
-            ours = small if backend == "reference" and workload.numel > REFERENCE_NUMEL else tensors
-            try:
-                contenders.append(_contender(name, ours, _microadam(ours, config, backend, isa)))
-                if comparison.in_backward and ours is tensors:
-                    optimizer = _microadam(ours, config, backend, isa)
-                    contenders.append(_contender(f"{name} in backward", ours, optimizer))
-                    contenders[-1].step = partial(_step_in_backward, optimizer, ours.params)
-            except MicroAdamError as error:
-                missing[name] = str(error)
-    return contenders, missing
+            for in_backward in (False, True)[: 1 + comparison.in_backward]:
+                how = "in backward" if in_backward else None
+                name = " ".join(filter(None, ["MicroAdam", setting, backend, isa, how]))
+                makers[name] = partial(
+                    _microadam, name=name, config=config, backend=backend, isa=isa, in_backward=in_backward
+                )
+    return {name: make for name, make in makers.items() if name == BASELINE or comparison.selects(name)}
 
 
 def _backends(comparison: Comparison) -> Iterator[tuple[str, str | None]]:
@@ -121,7 +137,7 @@ def _others(comparison: Comparison) -> dict[str, Callable[..., Optimizer]]:
     adamw = torch.optim.AdamW
     others: dict[str, Callable[..., Optimizer]] = {
         BASELINE: partial(adamw, fused=True),
-        "AdamW foreach": partial(adamw, foreach=True),
+        FOREACH: partial(adamw, foreach=True),
     }
     if comparison.device.type == "cuda":
         return others | {
@@ -142,9 +158,29 @@ def _not_asked_for(*_: Any, **__: Any) -> Optimizer:
     raise RuntimeError("not asked for: --deepspeed lets DeepSpeed compile its op, which takes a minute")
 
 
-def _microadam(tensors: Tensors, config: MicroAdamConfig, backend: str, isa: str | None) -> MicroAdam:
+def _other(
+    tensors: Tensors, small: Tensors, *, name: str, make: Callable[..., Optimizer], settings: dict[str, float]
+) -> Contender:
+    return _contender(name, tensors, make(tensors.params, **settings))
+
+
+def _microadam(
+    tensors: Tensors,
+    small: Tensors,
+    *,
+    name: str,
+    config: MicroAdamConfig,
+    backend: str,
+    isa: str | None,
+    in_backward: bool,
+) -> Contender:
+    ours = small if backend == "reference" else tensors
     with _environment("MICROADAM_CPU_ISA", isa):
-        return MicroAdam(tensors.params, backend=backend, **asdict(config))
+        optimizer = MicroAdam(ours.params, backend=backend, **asdict(config))
+    contender = _contender(name, ours, optimizer)
+    if in_backward:
+        contender.step = partial(_step_in_backward, optimizer, ours.params)
+    return contender
 
 
 def _step_in_backward(optimizer: MicroAdam, params: Iterable[Tensor]) -> None:
@@ -168,7 +204,7 @@ def _environment(name: str, value: str | None) -> Iterator[None]:
             os.environ[name] = before
 
 
-def _copy(tensors: Tensors) -> Contender:
+def _copy(tensors: Tensors, small: Tensors) -> Contender:
     source, target = tensors.gradients(0), [torch.empty_like(p) for p in tensors.params]
 
     def step() -> None:

@@ -53,26 +53,40 @@ class Row:
     peak_extra_bytes: int | None
 
 
-def measure(
-    workload: str,
-    dtype: str,
-    contenders: Sequence[Contender],
-    *,
-    warmup: int,
-    repeats: int,
-    progress: Callable[[], None],
-) -> list[Row]:
-    """Let all contenders step in turn, so that a disturbance meets all of them.
+@dataclass(frozen=True)
+class Timing:
+    """What was seen of one contender, without what it holds.
+
+    Attributes:
+        name: Of the contender.
+        num_tensors, numel: What it updated.
+        seconds, host_seconds: Of each round, see `time_step`.
+        state_bytes, floor_bytes: As of `Contender`.
+        peak_extra_bytes: See `peak_extra_bytes`.
+    """
+
+    name: str
+    num_tensors: int
+    numel: int
+    seconds: list[float]
+    host_seconds: list[float]
+    state_bytes: int
+    floor_bytes: int
+    peak_extra_bytes: int | None
+
+
+def time_in_turn(
+    contenders: Sequence[Contender], *, warmup: int, repeats: int, progress: Callable[[], None]
+) -> list[Timing]:
+    """Let contenders step in turn, so that a disturbance meets all of them.
 
     Args:
-        workload, dtype: Only named in the rows.
-        contenders: The baseline must be among them.
+        contenders: One or several.
         warmup: Steps before those that count; the window must be full.
         repeats: Steps that count.
-        progress: Called after every step; there are `num_steps` of them.
+        progress: Called after every step; there are `num_steps` of them for each contender.
     """
-    times: dict[str, list[float]] = {contender.name: [] for contender in contenders}
-    host_times: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    times: dict[str, list[tuple[float, float]]] = {contender.name: [] for contender in contenders}
     peaks: dict[str, int | None] = {}
     for step in range(num_steps(warmup, repeats)):
         for contender in contenders:
@@ -85,11 +99,21 @@ def measure(
             elif step == warmup:
                 peaks[contender.name] = peak_extra_bytes(contender.step, device)
             else:
-                seconds, host_seconds = time_step(contender.step, device)
-                times[contender.name].append(seconds * 1e9 / tensors.numel)
-                host_times[contender.name].append(host_seconds * 1e6)
+                times[contender.name].append(time_step(contender.step, device))
             progress()
-    return [_row(workload, dtype, each, times, host_times[each.name], peaks[each.name]) for each in contenders]
+    return [
+        Timing(
+            each.name,
+            len(each.tensors.params),
+            each.tensors.numel,
+            [seconds for seconds, _ in times[each.name]],
+            [host_seconds for _, host_seconds in times[each.name]],
+            each.state_bytes(),
+            each.floor_bytes(),
+            peaks[each.name],
+        )
+        for each in contenders
+    ]
 
 
 def num_steps(warmup: int, repeats: int) -> int:
@@ -97,32 +121,31 @@ def num_steps(warmup: int, repeats: int) -> int:
     return warmup + 1 + repeats
 
 
-def _row(
-    workload: str,
-    dtype: str,
-    contender: Contender,
-    times: dict[str, list[float]],
-    host_times: list[float],
-    peak_extra: int | None,
-) -> Row:
-    own, numel = times[contender.name], contender.tensors.numel
-    floor = contender.floor_bytes() / numel
-    median = statistics.median(own)
-    return Row(
-        workload=workload,
-        dtype=dtype,
-        contender=contender.name,
-        num_tensors=len(contender.tensors.params),
-        numel=numel,
-        ns_median=median,
-        ns_min=min(own),
-        host_us=statistics.median(host_times),
-        speedup=statistics.median(base / mine for base, mine in zip(times[BASELINE], own, strict=True)),
-        state_bytes=contender.state_bytes() / numel,
-        floor_bytes=floor,
-        floor_rate=floor / median * 1e9,
-        peak_extra_bytes=peak_extra,
-    )
+def rows(workload: str, dtype: str, timings: Sequence[Timing]) -> list[Row]:
+    """A line for each contender, the baseline among them; round by round their times are compared."""
+    (base,) = (timing for timing in timings if timing.name == BASELINE)
+    found = []
+    for timing in timings:
+        ns, base_ns = ([x * 1e9 / each.numel for x in each.seconds] for each in (timing, base))
+        median, floor = statistics.median(ns), timing.floor_bytes / timing.numel
+        found.append(
+            Row(
+                workload=workload,
+                dtype=dtype,
+                contender=timing.name,
+                num_tensors=timing.num_tensors,
+                numel=timing.numel,
+                ns_median=median,
+                ns_min=min(ns),
+                host_us=statistics.median(timing.host_seconds) * 1e6,
+                speedup=statistics.median(theirs / own for theirs, own in zip(base_ns, ns, strict=True)),
+                state_bytes=timing.state_bytes / timing.numel,
+                floor_bytes=floor,
+                floor_rate=floor / median * 1e9,
+                peak_extra_bytes=timing.peak_extra_bytes,
+            )
+        )
+    return found
 
 
 def time_step(step: Callable[[], None], device: torch.device) -> tuple[float, float]:

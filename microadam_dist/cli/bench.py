@@ -5,11 +5,11 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from enum import Enum
 from functools import partial
 from importlib.util import find_spec
-from itertools import groupby, product
+from itertools import product
 from pathlib import Path
 from typing import Annotated
 
@@ -20,12 +20,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ..bench.contenders import BASELINE, Comparison, free_bytes, make_contenders, needed_bytes
-from ..bench.measure import Row, describe, measure, num_steps, require_isa
+from ..bench.contenders import BASELINE, Comparison, contender_makers, contender_names, free_bytes, needed_bytes
+from ..bench.measure import Row, describe, num_steps, require_isa, rows, time_in_turn
 from ..bench.plot import plot
 from ..bench.workload import Workload, parse_dtype, parse_model, parse_numel, parse_setting
 from ..diagnostics.environment import versions
-from ..errors import BackendUnavailableError, ConfigError
+from ..errors import BackendUnavailableError, ConfigError, MicroAdamError
 from .output import console, require_writable, tables, write_json
 from .settings import with_percent
 
@@ -57,6 +57,9 @@ def step(
     in_backward: Annotated[
         bool, typer.Option("--in-backward", help="Also MicroAdam tensor by tensor, as with released gradients.")
     ] = False,
+    contenders: Annotated[
+        str, typer.Option(help=f"Only those with one of these in their names, and {BASELINE}: MicroAdam,torchao.")
+    ] = "",
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the results to this file; - is standard output.")
     ] = None,
@@ -64,8 +67,9 @@ def step(
 ) -> None:
     """Time optimizer steps: MicroAdam, torch's AdamW and others, and a plain copy.
 
-    All of them step in turn, with gradients that change from step to step. One fused pass over memory reads the
-    gradient, and reads and writes weights and state; of a window it reads all slots and writes one.
+    They step in turn, or one after another where their states do not fit memory together; on the same parameters, with
+    gradients that change from step to step. One fused pass over memory reads the gradient, and reads and writes weights
+    and state; of a window it reads all slots and writes one.
     """
     if threads:
         torch.set_num_threads(threads)
@@ -77,11 +81,15 @@ def step(
     if plot_file and find_spec("matplotlib") is None:
         raise ConfigError("--plot needs matplotlib: pip install 'microadam-dist[bench]'.")
     require_writable(json_file, plot_file)
-    comparison = Comparison(_usable(device), configs, _usable_isas(isa, device), reference, deepspeed, in_backward)
+    only = tuple(_list(contenders))
+    comparison = Comparison(
+        _usable(device), configs, _usable_isas(isa, device), reference, deepspeed, in_backward, only
+    )
+    _require_known(comparison)
     cases = list(product(workloads, dtypes.items()))
-    _require_memory(cases, comparison)
-    rows, missing = _run(cases, comparison, repeats)
-    _print(rows, missing, tables(json_file), shows_host=device is Device.cuda)
+    together = [_fits_together(workload, dtype, comparison) for workload, dtype in cases]
+    found, missing = _run(cases, together, comparison, repeats)
+    _print(found, together, missing, tables(json_file), shows_host=device is Device.cuda)
     machine = describe(comparison.device)
     if json_file:
         result = {
@@ -89,11 +97,19 @@ def step(
             "device": machine,
             "versions": versions(),
             "not_measured": missing,
-            "rows": [asdict(row) for row in rows],
+            "rows": [
+                {**asdict(row), "measured": WAYS[in_turn]}
+                for in_turn, members in zip(together, found, strict=True)
+                for row in members
+            ],
         }
         write_json(result, json_file)
     if plot_file:
-        plot(rows, f"{machine['name']}, {machine.get('threads', 1)} threads", plot_file)
+        plot(
+            [row for members in found for row in members],
+            f"{machine['name']}, {machine.get('threads', 1)} threads",
+            plot_file,
+        )
 
 
 def _list(text: str) -> list[str]:
@@ -118,22 +134,37 @@ def _usable_isas(text: str, device: Device) -> tuple[str, ...]:
     return isas
 
 
-def _require_memory(cases: Sequence[tuple[Workload, tuple[str, torch.dtype]]], comparison: Comparison) -> None:
+def _require_known(comparison: Comparison) -> None:
+    names = contender_names(replace(comparison, only=()))
+    for part in comparison.only:
+        if not any(replace(comparison, only=(part,)).selects(name) for name in names):
+            raise ConfigError(f"--contenders {part!r} is in the name of none of {', '.join(names)}.")
+
+
+def _fits_together(workload: Workload, named_dtype: tuple[str, torch.dtype], comparison: Comparison) -> bool:
+    """Whether all contenders fit memory at once; an error where not even the largest one does."""
+    name, dtype = named_dtype
     free = free_bytes(comparison.device)
-    for workload, (name, dtype) in cases:
-        needed = needed_bytes(workload, dtype, comparison)
-        if needed > free:
-            raise ConfigError(
-                f"{workload.name} {name}: the optimizers together need more than {needed / 1e9:.1f} GB, "
-                f"{free / 1e9:.1f} GB are free on {comparison.device}. Choose smaller sizes or fewer --settings."
-            )
+    together, alone = (needed_bytes(workload, dtype, comparison, together=together) for together in (True, False))
+    if alone > free:
+        raise ConfigError(
+            f"{workload.name} {name}: the largest of the optimizers needs more than {alone / 1e9:.1f} GB, "
+            f"{free / 1e9:.1f} GB are free on {comparison.device}. Choose smaller sizes or fewer --contenders."
+        )
+    return together <= free
+
+
+WAYS = {True: "in turn", False: "one after another"}
 
 
 def _run(
-    cases: Sequence[tuple[Workload, tuple[str, torch.dtype]]], comparison: Comparison, repeats: int
-) -> tuple[list[Row], dict[str, str]]:
+    cases: Sequence[tuple[Workload, tuple[str, torch.dtype]]],
+    together: Sequence[bool],
+    comparison: Comparison,
+    repeats: int,
+) -> tuple[list[list[Row]], dict[str, str]]:
     warmup = 1 + max(config.window_size for config in comparison.configs.values())
-    rows: list[Row] = []
+    found: list[list[Row]] = []
     missing: dict[str, str] = {}
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     # Drawn between the steps: a thread that draws takes time from the step that runs.
@@ -143,29 +174,42 @@ def _run(
             bar.advance(task)
             bar.refresh()
 
-        for workload, (name, dtype) in cases:
-            task = bar.add_task(f"{workload.name} {name}", total=None)
-            contenders, missing = make_contenders(workload, dtype, comparison)
-            bar.update(task, total=len(contenders) * num_steps(warmup, repeats))
-            rows += measure(
-                workload.name,
-                name,
-                contenders,
-                warmup=warmup,
-                repeats=repeats,
-                progress=partial(progress, task),
-            )
-            del contenders  # before the next ones are made
-    return rows, missing
+        for (workload, (name, dtype)), in_turn in zip(cases, together, strict=True):
+            makers = contender_makers(workload, dtype, comparison)
+            steps = num_steps(warmup, repeats)
+            task = bar.add_task(f"{workload.name} {name}, {WAYS[in_turn]}", total=steps * len(makers))
+            timings, waiting = [], []
+            run = partial(time_in_turn, warmup=warmup, repeats=repeats, progress=partial(progress, task))
+            for contender, make in makers.items():
+                try:
+                    waiting.append(make())
+                except (ImportError, OSError, RuntimeError, MicroAdamError) as error:
+                    missing[contender] = str(error)
+                    bar.advance(task, steps)
+                if not in_turn and waiting:
+                    timings += run(waiting)
+                    waiting.clear()  # and its state is gone before the next one is made
+            timings += run(waiting)
+            waiting.clear()
+            found.append(rows(workload.name, name, timings))
+    return found, missing
 
 
-def _print(rows: Sequence[Row], missing: dict[str, str], output: Console, *, shows_host: bool) -> None:
+def _print(
+    found: Sequence[Sequence[Row]],
+    together: Sequence[bool],
+    missing: dict[str, str],
+    output: Console,
+    *,
+    shows_host: bool,
+) -> None:
     host_note = "; host: us until a step returns" if shows_host else ""
-    for (workload, dtype), members in groupby(rows, key=lambda row: (row.workload, row.dtype)):
+    for members, in_turn in zip(found, together, strict=True):
         table = Table(
-            title=f"{workload} parameters, {dtype}",
-            caption=f"ns per parameter: median, minimum; speed against {BASELINE}; state bytes per parameter; GB/s if "
-            f"one fused pass moved no more than it must; MB that a step takes and gives back{host_note}",
+            title=f"{members[0].workload} parameters, {members[0].dtype}",
+            caption=f"Measured {WAYS[in_turn]}. ns per parameter: median, minimum; speed against {BASELINE}; state "
+            "bytes per parameter; GB/s if one fused pass moved no more than it must; MB that a step takes and gives "
+            f"back{host_note}",
             box=SIMPLE_HEAD,
         )
         table.add_column("", no_wrap=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from typer.testing import CliRunner
 
 from microadam_dist import MicroAdam
 from microadam_dist.backends.cpu import available_isas
+from microadam_dist.bench.contenders import Contender
 from microadam_dist.bench.measure import peak_extra_bytes
 from microadam_dist.bench.workload import parse_model, parse_numel, parse_setting
+from microadam_dist.cli import bench
 from microadam_dist.cli.app import app
 from microadam_dist.errors import BackendUnavailableError, ConfigError
 
@@ -57,6 +60,7 @@ def test_a_row_for_every_contender(results: dict[str, Any]) -> None:
     expected = product(("64K", "3x8K"), ("fp32", "bf16"), ("copy", "AdamW fused", "AdamW foreach", *ours))
     assert [(row["workload"], row["dtype"], row["contender"]) for row in results["rows"]] == list(expected)
     assert "--deepspeed" in results["not_measured"]["DeepSpeedCPUAdam"]
+    assert {row["measured"] for row in results["rows"]} == {"in turn"}
     assert results["device"]["threads"] == torch.get_num_threads()
     assert results["versions"]["torch"].startswith(torch.__version__.split("+")[0])
     for row in results["rows"]:
@@ -85,7 +89,8 @@ def test_bytes_of_one_fused_pass(results: dict[str, Any]) -> None:
         (("--numel", "64Q"), "'64Q'"),
         (("--numel", "1000"), "'1000'"),
         (("--model", "9b"), "'9b'"),
-        (("--numel", "4096G"), "4096G fp32: the optimizers together need more"),
+        (("--numel", "4096G"), "4096G fp32: the largest of the optimizers needs more"),
+        (("--contenders", "Adam8bit,MicroAdam"), "'Adam8bit' is in the name of none of copy, AdamW fused,"),
         (("--settings", "10"), "'10'"),
         (("--settings", "0/1%"), "window_size=0"),
         (("--isa", "sse9"), "sse9"),
@@ -97,6 +102,32 @@ def test_what_it_refuses(arguments: tuple[str, ...], message: str) -> None:
     result = bench_step(*arguments)
     assert result.exit_code != 0
     assert message in result.output
+
+
+@needs_kernel
+def test_one_after_another(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where the states do not fit memory together; the results say so, and each is gone before the next is made."""
+    alive: set[str] = set()
+
+    def made(self: Contender, *args: Any, **kwargs: Any) -> None:
+        assert not alive
+        original(self, *args, **kwargs)
+        alive.add(self.name)
+        weakref.finalize(self, alive.discard, self.name)
+
+    original = Contender.__init__
+    monkeypatch.setattr(Contender, "__init__", made)
+    monkeypatch.setattr(bench, "free_bytes", lambda device: 65536 * 4 * 4)  # weights, gradients and one state of AdamW
+    file = tmp_path / "a.json"
+    result = bench_step(
+        *("--numel", "64K", "--dtype", "fp32", "--settings", "1/10%,2/5%", "--repeats", "2", "--json", str(file)),
+        *("--contenders", "microadam,copy", "--no-reference"),
+    )
+    assert result.exit_code == 0, result.output
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["contender"] for row in rows] == ["copy", "AdamW fused", "MicroAdam 1/10% cpu", "MicroAdam 2/5% cpu"]
+    assert {row["measured"] for row in rows} == {"one after another"}
+    assert all(row["speedup"] > 0 for row in rows)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
