@@ -202,10 +202,13 @@ class CudaBackend:
         return self._counts[key].pop()
 
     def _weights(self, config: MicroAdamConfig, device: torch.device) -> Tensor:
-        return self._constant((config.betas, config.window_size, device), lambda: window_weights(config, device))
+        return self._constant(
+            ("weights", config.betas, config.window_size, device), lambda: window_weights(config, device)
+        )
 
     def _factors(self, config: MicroAdamConfig, device: torch.device) -> Tensor:
-        return self._constant((config.betas, device), lambda: step_factors(config, device))
+        key = "factors", config.betas, config.correction, config.window_size, device
+        return self._constant(key, lambda: step_factors(config, device))
 
     def _constant(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
         if key not in self._constants:

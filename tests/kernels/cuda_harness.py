@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -68,6 +69,20 @@ def copy_with_mistake(folder: Path, file: str, right: str, wrong: str) -> Path:
     return sources
 
 
+class Job(NamedTuple):
+    """One launch: the kernel of the step, and before it that of the scalars where it ``counts``.
+
+    Attributes:
+        memory: What the kernels may touch.
+    """
+
+    launch: Launch
+    tables: LaunchTables
+    macros: Mapping[str, str | int]
+    memory: Sequence[torch.Tensor]
+    counts: bool
+
+
 class HarnessBackend:
     """Runs the kernel with the tables and the settings of the CUDA backend.
 
@@ -125,21 +140,14 @@ class HarnessBackend:
                 for tensor, grad in zip(group, group_grads, strict=True):
                     memory += [x for x in (tensor.param, grad, tensor.counter) if x is not None]
                     memory += tensor.state.values()
-                self._run(launch, tables, macros, memory, counts=inputs is not None and number == 0)
+                self._run(Job(launch, tables, macros, memory, counts=inputs is not None and number == 0))
                 num_skipped += int(skipped[0])
         return num_skipped
 
-    def _run(
-        self,
-        launch: Launch,
-        tables: LaunchTables,
-        macros: Mapping[str, str | int],
-        memory: Sequence[torch.Tensor],
-        counts: bool,
-    ) -> None:
-        """Run the kernels of one launch, which may touch these tensors only; `counts`: also that of the scalars."""
-        library = build_step(self._sources, {**macros, "CRAMPED": 1} if self._cramped else macros)
-        if counts:
+    def _run(self, job: Job) -> None:
+        launch, tables = job.launch, job.tables
+        library = build_step(self._sources, {**job.macros, "CRAMPED": 1} if self._cramped else job.macros)
+        if job.counts:
             library.harness_scalars(ctypes.byref(launch))
         assert library.harness_step(ctypes.byref(launch), tables.num_blocks, self._reverse), "threads wait for ever"
 

@@ -12,17 +12,13 @@ import statistics
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
-from microadam_dist.backends.cuda_launch import Launch, LaunchTables
-
-from .cuda_harness import SOURCES
+from .cuda_harness import SOURCES, Job
 from .ptx import WARP, Array, Instruction, Kernel, ThreadBlock
 from .ptx_backend import PtxBackend, compile_with_lines, global_memory
 
@@ -143,19 +139,13 @@ class CountingBackend(PtxBackend):
         self.per_element: Counter[str] = Counter()
         self.barriers = 0.0
 
-    def _run(
-        self,
-        launch: Launch,
-        tables: LaunchTables,
-        macros: Mapping[str, str | int],
-        memory: Sequence[torch.Tensor],
-        counts: bool,
-    ) -> None:
+    def _run(self, job: Job) -> None:
+        launch, tables, macros = job.launch, job.tables, job.macros
         ptx = compile_with_lines(macros, self._arch, self._sources).decode()
         kernel = LocatedKernel(ptx, "microadam_step")
         executed = np.zeros(len(kernel.instructions))
         for index in range(tables.num_blocks):
-            running = CountingBlock(kernel, tables.shape.threads, index, bytes(launch), global_memory(memory))
+            running = CountingBlock(kernel, tables.shape.threads, index, bytes(launch), global_memory(job.memory))
             running.run()
             executed += running.executed
         is_barrier = [(name[0], operands) == ("bar", ["0"]) for _, name, operands in kernel.instructions]

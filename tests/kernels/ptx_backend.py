@@ -11,9 +11,8 @@ import numpy as np
 import torch
 
 from microadam_dist.backends import nvrtc
-from microadam_dist.backends.cuda_launch import Launch, LaunchTables
 
-from .cuda_harness import SOURCES, HarnessBackend
+from .cuda_harness import SOURCES, HarnessBackend, Job
 from .ptx import Kernel, Memory, ThreadBlock
 
 
@@ -56,20 +55,13 @@ class PtxBackend(HarnessBackend):
         super().__init__(sources=sources)
         self._arch, self._warp_by_warp = arch, warp_by_warp
 
-    def _run(
-        self,
-        launch: Launch,
-        tables: LaunchTables,
-        macros: Mapping[str, str | int],
-        memory: Sequence[torch.Tensor],
-        counts: bool,
-    ) -> None:
-        scalars, step = kernels(frozenset(macros.items()), self._arch, self._sources)
-        parts = global_memory(memory)
-        if counts:
-            ThreadBlock(scalars, 32, 0, bytes(launch), parts).run()
-        for index in range(tables.num_blocks):
-            ThreadBlock(step, tables.shape.threads, index, bytes(launch), parts, self._warp_by_warp).run()
+    def _run(self, job: Job) -> None:
+        scalars, step = kernels(frozenset(job.macros.items()), self._arch, self._sources)
+        parts, param = global_memory(job.memory), bytes(job.launch)
+        if job.counts:
+            ThreadBlock(scalars, 32, 0, param, parts).run()
+        for index in range(job.tables.num_blocks):
+            ThreadBlock(step, job.tables.shape.threads, index, param, parts, self._warp_by_warp).run()
 
 
 def global_memory(tensors: Sequence[torch.Tensor]) -> Memory:

@@ -28,6 +28,7 @@ from .cuda_harness import COMPILER, SOURCES, build_step
 if COMPILER is None:
     pytest.skip("no C++ compiler for the harness", allow_module_level=True)
 
+CPU = torch.device("cpu")
 _BY_NAME = {case.name: case for case in KERNEL_CASES}
 
 
@@ -153,3 +154,16 @@ def test_a_launch_is_all_that_a_step_makes(
     assert backend._driver.num_launches - num_launches == (
         len(SHAPES) if in_backward else 2
     )  # rows of 300, and aligned ones of 64
+
+
+def test_factors_are_those_of_the_settings(backend: CudaBackend) -> None:
+    """What is kept for one group of parameters is not given to another."""
+    configs = [
+        MicroAdamConfig(correction=correction, window_size=window_size, betas=betas)
+        for correction in ("window", "steps")
+        for window_size in (1, 4)
+        for betas in ((0.9, 0.999), (0.5, 0.9))
+    ]
+    for config in 2 * configs:
+        assert torch.equal(backend._factors(config, CPU), cuda_launch.step_factors(config, CPU)), config
+        assert torch.equal(backend._weights(config, CPU), cuda_launch.window_weights(config, CPU)), config

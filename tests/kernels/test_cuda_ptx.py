@@ -7,7 +7,6 @@ blocks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,12 +14,12 @@ import pytest
 import torch
 
 from microadam_dist.backends import nvrtc
-from microadam_dist.backends.cuda_launch import Launch, LaunchTables, Run
+from microadam_dist.backends.cuda_launch import Run
 from microadam_dist.errors import BackendUnavailableError
 
 from .cases import BF16, FP16, FP32, Case, nonfinite, part, replay_case, ties, whole
 from .checks import assert_same_bits, assert_same_with_numbers_on_the_device
-from .cuda_harness import copy_with_mistake
+from .cuda_harness import Job, copy_with_mistake
 from .ptx_backend import PtxBackend
 
 try:
@@ -86,15 +85,8 @@ class FarBackend(PtxBackend):
 
     far = 2**33
 
-    def _run(
-        self,
-        launch: Launch,
-        tables: LaunchTables,
-        macros: Mapping[str, str | int],
-        memory: Sequence[torch.Tensor],
-        counts: bool,
-    ) -> None:
-        window = int(macros["WINDOW_SIZE"])
+    def _run(self, job: Job) -> None:
+        launch, tables, window = job.launch, job.tables, int(job.macros["WINDOW_SIZE"])
         distance = {"param": 4, "grad": 4, "codes": 1 / 2, "bucket_lo": 2 / 64, "bucket_hi": 2 / 64}
         distance |= {"indices": window, "values": 2 * window}
         for name, element_bytes in distance.items():
@@ -107,7 +99,7 @@ class FarBackend(PtxBackend):
             run.buckets.start += self.far // 64
             run.indices.start += self.far
             run.values.start += self.far
-        super()._run(launch, tables, macros, memory, counts)
+        super()._run(job)
 
 
 def test_offsets_beyond_32_bits() -> None:

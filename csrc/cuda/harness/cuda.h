@@ -55,11 +55,11 @@ inline T shuffle(T value, unsigned source) {
   return bit_cast<T>(result);
 }
 
-// x = f(x, value of lane i, i) for all lanes.
+// x = f(x, value of each lane).
 template <class F>
 inline unsigned over_lanes(unsigned value, unsigned x, const F& f) {
   const unsigned* const values = from_lanes(value);
-  for (unsigned i = 0; i < 32; ++i) x = f(x, values[i], i);
+  for (unsigned i = 0; i < 32; ++i) x = f(x, values[i]);
   done_with_lanes();
   return x;
 }
@@ -114,19 +114,11 @@ inline T __shfl_up_sync(unsigned, T value, unsigned distance) {
   return harness::shuffle(value, harness::lane() < distance ? harness::lane() : harness::lane() - distance);
 }
 inline unsigned __reduce_add_sync(unsigned, unsigned value) {
-  return harness::over_lanes(value, 0, [](unsigned x, unsigned other, unsigned) { return x + other; });
+  return harness::over_lanes(value, 0, [](unsigned x, unsigned other) { return x + other; });
 }
 inline unsigned __reduce_max_sync(unsigned, unsigned value) {
-  return harness::over_lanes(value, 0, [](unsigned x, unsigned other, unsigned) { return x > other ? x : other; });
+  return harness::over_lanes(value, 0, [](unsigned x, unsigned other) { return x > other ? x : other; });
 }
-inline unsigned __reduce_or_sync(unsigned, unsigned value) {
-  return harness::over_lanes(value, 0, [](unsigned x, unsigned other, unsigned) { return x | other; });
-}
-inline unsigned __match_any_sync(unsigned, unsigned value) {
-  return harness::over_lanes(value, 0,
-                             [=](unsigned x, unsigned other, unsigned i) { return x | (value == other) << i; });
-}
-inline int __any_sync(unsigned mask, int condition) { return __reduce_or_sync(mask, condition != 0) != 0; }
 
 template <class T>
 inline T atomicAdd(T* p, T x) {
