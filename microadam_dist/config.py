@@ -13,7 +13,7 @@ from typing import Any
 
 from .errors import ConfigError
 
-SUPPORTED_EF_BITS = (0, 2, 4, 8)
+SUPPORTED_EF_BITS = (0, 1, 1.6, 2, 4, 8)
 ROUNDINGS = ("auto", "nearest", "stochastic")
 CORRECTIONS = ("window", "steps")
 MIN_BLOCK_SIZE, MAX_BLOCK_SIZE = 64, 32768
@@ -38,8 +38,9 @@ class MicroAdamConfig:
         window_size: Number of sparse gradients the moments are computed from, >= 1. With 1 no window is stored.
         density: Fraction of each block that is kept, in (0, 1].
         block_size: Longest Top-K block, in elements; a multiple of 8 in 64..32768.
-        bucket_size: Elements that share one quantization range; even, >= 2.
-        ef_bits: Bits of one error-feedback code; 0 switches error feedback off.
+        bucket_size: Elements whose error-feedback codes share one range or scale; even, >= 2.
+        ef_bits: Bits of one error-feedback code, of `SUPPORTED_EF_BITS`: 1.6 are five three-level codes in a byte; 0
+            switches error feedback off.
         packed_window: Store the window in 12-bit indices and 8-bit values, see `window`; needs a window, error feedback
             and blocks of at most 4096.
         correction: What the sums over the window are divided by to become moments: "window", the weights that the slots
@@ -62,7 +63,7 @@ class MicroAdamConfig:
     density: float = 0.1
     block_size: int = 4096
     bucket_size: int = 64
-    ef_bits: int = 4
+    ef_bits: float = 4
     packed_window: bool = False
     correction: str = "window"
     rounding: str = "auto"
@@ -85,7 +86,7 @@ class MicroAdamConfig:
             lambda n: MIN_BLOCK_SIZE <= n <= MAX_BLOCK_SIZE and n % 8 == 0,
         )
         _check_int("bucket_size", self.bucket_size, "an even integer >= 2", lambda n: n >= 2 and n % 2 == 0)
-        _check_int("ef_bits", self.ef_bits, f"one of {SUPPORTED_EF_BITS}", lambda n: n in SUPPORTED_EF_BITS)
+        _check_float("ef_bits", self.ef_bits, f"one of {SUPPORTED_EF_BITS}", lambda x: x in SUPPORTED_EF_BITS)
         check_flag("packed_window", self.packed_window)
         _check_choice("correction", self.correction, CORRECTIONS)
         _check_choice("rounding", self.rounding, ROUNDINGS)

@@ -46,7 +46,7 @@ bool keep_largest(const Block& block, const Step& step, const Scratch& s) {
     if (block.indices != nullptr) store_slot(block, step, s);
     clear_kept(block, s);
   }
-  if (finite) encode_error(block, step, s);
+  if (finite && step.levels != 0) encode_error(block, step, s);
   return finite;
 }
 

@@ -17,7 +17,8 @@ struct Block {
   void* param;
   const void* grad;  // null: the newest slot is in the window already, only the weights are updated
   uint8_t* codes;
-  Bf16 *bucket_lo, *bucket_hi;
+  Bf16 *bucket_lo, *bucket_hi;  // null where codes have fewer than 4 bits ...
+  Bf16* bucket_scale;           // ... and this where they have more
   // window_size slots of num_kept entries, see window.h; null: no window is stored
   uint8_t *indices, *values;
   Bf16* scales;  // one for each slot; null: the window is not packed
@@ -41,6 +42,7 @@ struct Step {
   int64_t window_size, bucket_size;
   int64_t param_dtype, grad_dtype;
   bool is_stochastic;
+  int levels;  // see microadam_settings
 };
 
 namespace {  // see floats.h
@@ -58,7 +60,8 @@ struct Scratch {
   Bf16* values;          // (num_kept)
   uint32_t* last_key;    // (1) where to start the search for the threshold; no influence on the result
   float* bucket_lo;      // (num_buckets)
-  float* bucket_factor;  // (num_buckets) step_q when decoding, its inverse when encoding
+  float* bucket_factor;  // (num_buckets) step when decoding, its inverse when encoding
+  uint8_t* codes;        // (numel) where they have not 4 bits
 
   // selection
   uint32_t* maxima;          // (numel / kGroup) largest magnitude of each group

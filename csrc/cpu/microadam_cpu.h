@@ -2,7 +2,7 @@
  * these structures with ctypes.
  *
  * One call updates all tensors of one param group. Offsets are in elements; a flat state tensor is described in
- * `microadam_dist/layout.py`, the arithmetic in `microadam_dist/algorithm.py`.
+ * `microadam_dist/layout`, the arithmetic in `microadam_dist/arithmetic`.
  */
 #ifndef MICROADAM_CPU_H
 #define MICROADAM_CPU_H
@@ -16,7 +16,7 @@ extern "C" {
 #define MICROADAM_API __attribute__((visibility("default")))
 
 /* Raised with every change of a structure or a signature below. */
-#define MICROADAM_CPU_ABI_VERSION 7
+#define MICROADAM_CPU_ABI_VERSION 8
 
 enum microadam_dtype { MICROADAM_FP32 = 0, MICROADAM_BF16 = 1, MICROADAM_FP16 = 2 };
 
@@ -74,7 +74,8 @@ typedef struct {
   const void* grad;
   int64_t* counter; /* optional: 1 is added */
   uint8_t* codes;
-  uint16_t *bucket_lo, *bucket_hi; /* bf16 */
+  uint16_t *bucket_lo, *bucket_hi; /* bf16; of codes of 4 and 8 bits */
+  uint16_t* bucket_scale;          /* bf16; of others */
   uint8_t* indices;                /* 16 bits each; packed: 12 bits */
   uint8_t* values;                 /* bf16; packed: int8 */
   uint16_t* scales;                /* bf16; null: the window is not packed */
@@ -83,9 +84,10 @@ typedef struct {
   int64_t is_stochastic;           /* how bf16 weights are rounded */
 } microadam_tensor;
 
-/* The settings of the group that decide shapes. Error-feedback codes have 4 bits. */
+/* The settings of the group that decide shapes. */
 typedef struct {
   int64_t window_size, bucket_size, packed_window;
+  int64_t levels; /* the largest error-feedback code: 255, 15, 3, 2 (five codes in a byte) or 1; 0: there are none */
 } microadam_settings;
 
 MICROADAM_API int microadam_cpu_abi_version(void);

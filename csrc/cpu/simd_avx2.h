@@ -159,6 +159,30 @@ inline int append_tile(uint16_t* list, int first, const Floats (&x)[8], Ints bel
   return count;
 }
 
+// ---- codes, one a byte
+
+inline Floats load_codes(const uint8_t* codes) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes))));
+}
+
+// 32 numbers to 32 clipped codes, one byte each.
+inline Ints round_32(const Floats* x, int levels) {
+  const Ints a = _mm256_packs_epi32(_mm256_cvtps_epi32(x[0]), _mm256_cvtps_epi32(x[1]));
+  const Ints b = _mm256_packs_epi32(_mm256_cvtps_epi32(x[2]), _mm256_cvtps_epi32(x[3]));
+  // Packing works inside each half. In groups of four lanes, xi for the first ones of x[i] and Xi for the last ones:
+  //   packed   x0 x1 x2 x3 | X0 X1 X2 X3
+  //   order     0  4  1  5 |  2  6  3  7
+  //   bytes    x0 X0 x1 X1 | x2 X2 x3 X3
+  const Ints order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  const Ints bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(a, b), order);
+  return _mm256_min_epu8(bytes, _mm256_set1_epi8(static_cast<int8_t>(levels)));
+}
+
+inline void round_64(uint8_t* codes, const Floats (&x)[8], int levels) {
+  store_ints(reinterpret_cast<uint32_t*>(codes), round_32(x, levels));
+  store_ints(reinterpret_cast<uint32_t*>(codes + 32), round_32(x + 4, levels));
+}
+
 // ---- 4-bit codes
 
 struct Decoder {
@@ -177,22 +201,10 @@ inline void decode_64(const Decoder& decoder, const uint8_t* codes, Floats (&x)[
   }
 }
 
-// 32 numbers to 32 clipped codes, one byte each.
-inline Ints round_32(const Floats* x) {
-  const Ints a = _mm256_packs_epi32(_mm256_cvtps_epi32(x[0]), _mm256_cvtps_epi32(x[1]));
-  const Ints b = _mm256_packs_epi32(_mm256_cvtps_epi32(x[2]), _mm256_cvtps_epi32(x[3]));
-  // Packing works inside each half. In groups of four lanes, xi for the first ones of x[i] and Xi for the last ones:
-  //   packed   x0 x1 x2 x3 | X0 X1 X2 X3
-  //   order     0  4  1  5 |  2  6  3  7
-  //   bytes    x0 X0 x1 X1 | x2 X2 x3 X3
-  const Ints order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-  const Ints bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(a, b), order);
-  return _mm256_min_epu8(bytes, _mm256_set1_epi8(15));
-}
-
 inline void encode_64(uint8_t* codes, const Floats (&x)[8]) {
   const Ints weights = _mm256_set1_epi16(0x1001);  // first + 16 * second
-  const Ints a = _mm256_maddubs_epi16(round_32(x), weights), b = _mm256_maddubs_epi16(round_32(x + 4), weights);
+  const Ints a = _mm256_maddubs_epi16(round_32(x, 15), weights);
+  const Ints b = _mm256_maddubs_epi16(round_32(x + 4, 15), weights);
   // The same for groups of eight lanes:
   //   packed   a0 b0 | a1 b1
   //   0xD8      0  2 |  1  3

@@ -149,6 +149,29 @@ inline int append_tile(uint16_t* list, int first, const Floats (&x)[4], Ints bel
   return count;
 }
 
+// ---- codes, one a byte
+
+inline Floats load_codes(const uint8_t* codes) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes))));
+}
+
+// 64 numbers to 64 clipped codes.
+inline Ints rounded_64(const Floats (&x)[4], int levels) {
+  const Ints a = _mm512_packs_epi32(_mm512_cvtps_epi32(x[0]), _mm512_cvtps_epi32(x[1]));
+  const Ints b = _mm512_packs_epi32(_mm512_cvtps_epi32(x[2]), _mm512_cvtps_epi32(x[3]));
+  // Packing works inside each quarter. In groups of four lanes, of which xij is number j of x[i]:
+  //   packed   x00 x10 x20 x30 | x01 x11 x21 x31 | x02 x12 x22 x32 | x03 x13 x23 x33
+  //   order      0   4   8  12 |   1   5   9  13 |   2   6  10  14 |   3   7  11  15
+  //   bytes    x00 x01 x02 x03 | x10 x11 x12 x13 | x20 x21 x22 x23 | x30 x31 x32 x33
+  const Ints order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const Ints bytes = _mm512_permutexvar_epi32(order, _mm512_packus_epi16(a, b));
+  return _mm512_min_epu8(bytes, _mm512_set1_epi8(static_cast<int8_t>(levels)));
+}
+
+inline void round_64(uint8_t* codes, const Floats (&x)[4], int levels) {
+  _mm512_storeu_si512(codes, rounded_64(x, levels));
+}
+
 // ---- 4-bit codes
 
 struct Decoder {
@@ -174,16 +197,7 @@ inline void decode_64(const Decoder& decoder, const uint8_t* codes, Floats (&x)[
 }
 
 inline void encode_64(uint8_t* codes, const Floats (&x)[4]) {
-  const Ints a = _mm512_packs_epi32(_mm512_cvtps_epi32(x[0]), _mm512_cvtps_epi32(x[1]));
-  const Ints b = _mm512_packs_epi32(_mm512_cvtps_epi32(x[2]), _mm512_cvtps_epi32(x[3]));
-  // Packing works inside each quarter. In groups of four lanes, of which xij is number j of x[i]:
-  //   packed   x00 x10 x20 x30 | x01 x11 x21 x31 | x02 x12 x22 x32 | x03 x13 x23 x33
-  //   order      0   4   8  12 |   1   5   9  13 |   2   6  10  14 |   3   7  11  15
-  //   bytes    x00 x01 x02 x03 | x10 x11 x12 x13 | x20 x21 x22 x23 | x30 x31 x32 x33
-  const Ints order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  Ints bytes = _mm512_permutexvar_epi32(order, _mm512_packus_epi16(a, b));
-  bytes = _mm512_min_epu8(bytes, _mm512_set1_epi8(15));
-  const Ints pairs = _mm512_maddubs_epi16(bytes, _mm512_set1_epi16(0x1001));  // first + 16 * second
+  const Ints pairs = _mm512_maddubs_epi16(rounded_64(x, 15), _mm512_set1_epi16(0x1001));  // first + 16 * second
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), _mm512_cvtepi16_epi8(pairs));
 }
 

@@ -165,6 +165,25 @@ inline uint32_t first_bits(uint32_t bits, int count) {
   return first;
 }
 
+// ---- codes, one a byte
+
+// kLanes of them.
+inline Floats load_codes(const uint8_t* codes) {
+  Floats x;
+  for (int i = 0; i < kLanes; ++i) x[i] = codes[i];
+  return x;
+}
+
+// Rounds 64 numbers to the nearest integer, ties to even, and clips them to 0..levels.
+inline void round_64(uint8_t* codes, const Floats (&x)[64 / kLanes], int levels) {
+  // Clipping first gives the same, and adding 1.5 * 2**23 then leaves the rounded integer in the low bits.
+  for (int i = 0; i < 64 / kLanes; ++i) {
+    const Floats clipped = min(max(x[i], splat(0.f)), splat(static_cast<float>(levels)));
+    const Ints bits = (Ints)(clipped + splat(12582912.f));
+    for (int j = 0; j < kLanes; ++j) codes[i * kLanes + j] = static_cast<uint8_t>(bits[j]);
+  }
+}
+
 // ---- 4-bit codes, two a byte, the first in the low bits
 
 struct Decoder {
@@ -182,15 +201,10 @@ inline void decode_64(const Decoder& decoder, const uint8_t* codes, Floats (&x)[
   }
 }
 
-// Rounds 64 numbers to the nearest integer, ties to even, clips them to 0..15 and packs them into 32 bytes.
+// Rounds 64 numbers as round_64 does, to 0..15, and packs them into 32 bytes.
 inline void encode_64(uint8_t* codes, const Floats (&x)[64 / kLanes]) {
-  // Clipping first gives the same, and adding 1.5 * 2**23 then leaves the rounded integer in the low bits.
   alignas(16) uint8_t unpacked[64];
-  for (int i = 0; i < 64 / kLanes; ++i) {
-    const Floats clipped = min(max(x[i], splat(0.f)), splat(15.f));
-    const Ints bits = (Ints)(clipped + splat(12582912.f));
-    for (int j = 0; j < kLanes; ++j) unpacked[i * kLanes + j] = static_cast<uint8_t>(bits[j] & 15);
-  }
+  round_64(unpacked, x, 15);
   for (int i = 0; i < 32; ++i) codes[i] = static_cast<uint8_t>(unpacked[2 * i] | unpacked[2 * i + 1] << 4);
 }
 

@@ -100,6 +100,7 @@ Scratch carve(const Call& call, Carver& carver) {
   s.last_key = carver.take<uint32_t>(1);
   s.bucket_lo = carver.take<float>(call.max_buckets);
   s.bucket_factor = carver.take<float>(call.max_buckets);
+  s.codes = carver.take<uint8_t>(call.max_numel);
 
   // The selection and the update of the weights share memory.
   const size_t shared = carver.used();
@@ -146,6 +147,7 @@ Block locate(const microadam_tensor& tensor, const microadam_block_run& run, int
   block.codes = at(tensor.codes, begin(run.codes));
   block.bucket_lo = at(bf16(tensor.bucket_lo), begin(run.buckets));
   block.bucket_hi = at(bf16(tensor.bucket_hi), begin(run.buckets));
+  block.bucket_scale = at(bf16(tensor.bucket_scale), begin(run.buckets));
   block.indices = at(tensor.indices, window_size * begin(run.indices));
   block.values = at(tensor.values, window_size * begin(run.values) * value_bytes);
   block.scales = at(bf16(tensor.scales), window_size * begin(run.scales));
@@ -209,7 +211,7 @@ void work(void* argument) {
     for (; piece >= job->end; ++job) job_begin = job->end;
     const microadam_tensor& tensor = *job->tensor;
     const Step step = {tensor.scalars, call.settings->window_size, call.settings->bucket_size, tensor.param_dtype,
-                       tensor.grad_dtype, tensor.is_stochastic != 0};
+                       tensor.grad_dtype, tensor.is_stochastic != 0, static_cast<int>(call.settings->levels)};
     const int64_t first = (piece - job_begin) * job->units_per_piece;
     if (job->blocks != nullptr) {
       run_blocks(call, *job, first, step, scratch);

@@ -80,8 +80,10 @@ def block_views(
 
     error = None
     if layout.config.ef_bits and grad is not None:
-        extents = run.codes, run.buckets, run.buckets
-        error = StoredError(*(view(state[name], extent) for name, extent in zip(ERROR_TENSORS, extents, strict=True)))
+        extents = run.codes, run.buckets, run.buckets, run.buckets
+        error = StoredError(
+            *(view(state[name], e) if name in state else None for name, e in zip(ERROR_TENSORS, extents, strict=True))
+        )
     return Blocks(
         view(param, run.elements),
         None if grad is None else view(grad, run.elements),

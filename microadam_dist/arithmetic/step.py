@@ -18,7 +18,7 @@ from torch import Tensor
 from ..config import MicroAdamConfig
 from .blocks import Blocks
 from .error_feedback import StoredError, decode_error, encode_error
-from .rounding import counters_from, round_weights
+from .rounding import counters_from, round_weights, step_key
 from .scalars import MAGNITUDE_LIMIT, StepScalars
 from .window import Slot, decode_slot, encode_slot
 
@@ -43,7 +43,7 @@ def microadam_step_(blocks: Blocks, config: MicroAdamConfig, num_kept: int, step
         slots = []
     else:
         accumulator = accumulate(blocks, blocks.grad, config, scalars)
-        newest, _, finite = keep_largest_(blocks, accumulator, config, num_kept)
+        newest, _, finite = keep_largest_(blocks, accumulator, config, num_kept, step)
         if blocks.window is not None:
             blocks.window.store_(step % window_size, newest)
         slots = [decode_slot(newest)]  # by age, 0 = newest
@@ -53,7 +53,7 @@ def microadam_step_(blocks: Blocks, config: MicroAdamConfig, num_kept: int, step
 
 
 def accumulate(blocks: Blocks, grad: Tensor, config: MicroAdamConfig, scalars: StepScalars) -> Tensor:
-    """Gradient and error: ``a = g * grad_scale + (codes * step_q + lo)``, (B, n) fp32."""
+    """Gradient and error: ``a = g * grad_scale + (codes * step + lo)``, (B, n) fp32."""
     accumulator = grad.flatten(0, 1).float() * scalars.grad_scale
     error = stored_error(blocks, config)
     return accumulator if error is None else accumulator + error
@@ -63,7 +63,7 @@ def stored_error(blocks: Blocks, config: MicroAdamConfig) -> Tensor | None:
     """The error feedback, (B, n) fp32; None where it is switched off."""
     if blocks.error is None:
         return None
-    stored = StoredError(*(part.flatten(0, 1) for part in blocks.error))
+    stored = StoredError(*(None if part is None else part.flatten(0, 1) for part in blocks.error))  # type: ignore[arg-type]
     return decode_error(stored, blocks.param.shape[2], bits=config.ef_bits, bucket_size=config.bucket_size)
 
 
@@ -73,7 +73,7 @@ def stored_slots(blocks: Blocks, slots: Sequence[int]) -> list[tuple[Tensor, Ten
 
 
 def keep_largest_(
-    blocks: Blocks, accumulator: Tensor, config: MicroAdamConfig, num_kept: int
+    blocks: Blocks, accumulator: Tensor, config: MicroAdamConfig, num_kept: int, step: int
 ) -> tuple[Slot, Tensor, Tensor]:
     """Top-K of the accumulator (B, n). In place: the error feedback of the blocks takes what is left.
 
@@ -94,9 +94,11 @@ def keep_largest_(
     left = accumulator.gather(1, indices) - decode_slot(slot)[1] if config.packed_window else 0.0
     residual = accumulator.scatter(1, indices, left)
     if blocks.error is not None:
-        error = encode_error(residual, bits=config.ef_bits, bucket_size=config.bucket_size)
+        key = step_key(config.seed, step)
+        error = encode_error(residual, bits=config.ef_bits, bucket_size=config.bucket_size, zero_key=key)
         for stored, new in zip(blocks.error, error, strict=True):
-            _assign_where_(stored, finite, new)
+            if stored is not None and new is not None:
+                _assign_where_(stored, finite, new)
     return slot, residual, finite
 
 

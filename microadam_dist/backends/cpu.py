@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arithmetic.error_feedback import num_levels
 from ..arithmetic.rounding import is_stochastic, step_key
 from ..arithmetic.scalars import StepScalars
 from ..config import MicroAdamConfig
@@ -27,7 +28,7 @@ from .base import TensorStep
 from .structures import EXTENT_FIELDS, FloatScalars, Place, extents_of, float_values, place_of
 from .tensors import Addresses, pack_rows, readable_grads
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 LIBRARY_NAME = "libmicroadam_cpu.so"
 ISAS = {"portable": 0, "avx2": 1, "avx512": 2}  # slowest first
 
@@ -57,7 +58,7 @@ class _Scalars(FloatScalars):
 
 
 class _Settings(Structure):
-    _fields_ = [("window_size", c_int64), ("bucket_size", c_int64), ("packed_window", c_int64)]
+    _fields_ = [(name, c_int64) for name in ("window_size", "bucket_size", "packed_window", "levels")]
 
 
 class _LayoutFields(Structure):
@@ -128,8 +129,6 @@ class CpuBackend:
             raise BackendUnavailableError(
                 f'backend="cpu" cannot update a parameter on {device}: move it to the CPU or use backend="auto".'
             )
-        if config.ef_bits != 4:
-            raise ConfigError(f'ef_bits={config.ef_bits}: backend="cpu" has 4 only; backend="reference" has all.')
 
     def step(self, tensors: Sequence[TensorStep], config: MicroAdamConfig, grad_scale: float) -> int:
         """See `Backend.step`."""
@@ -139,7 +138,8 @@ class CpuBackend:
         steps = {tensor.step for tensor in tensors}
         scalars = {step: _scalars(step, config, grad_scale) for step in steps}  # alive until the call is over, as grads
         grads = readable_grads(tensors)
-        settings = _Settings(config.window_size, config.bucket_size, config.packed_window)
+        levels = num_levels(config.ef_bits)
+        settings = _Settings(config.window_size, config.bucket_size, config.packed_window, levels)
         addresses = {step: ctypes.addressof(members) for step, members in scalars.items()}
         table = self._table(tensors, grads, addresses, config.rounding)
         num_skipped = self._library.microadam_cpu_step(

@@ -11,9 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..layout import DENSE_TENSORS, ERROR_TENSORS, WINDOW_TENSORS
 from .base import TensorStep
 
-STATE_NAMES = ("codes", "bucket_lo", "bucket_hi", "indices", "values", "scales", "exp_avg", "exp_avg_sq")
+STATE_NAMES = (*ERROR_TENSORS, *WINDOW_TENSORS, *DENSE_TENSORS)
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

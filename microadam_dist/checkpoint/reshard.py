@@ -203,7 +203,8 @@ class _Target:
         if config.ef_bits:
             encoded = encode_error(error, bits=config.ef_bits, bucket_size=config.bucket_size)
             for name, new in zip(ERROR_TENSORS, encoded, strict=True):
-                self.state[name][slices[name]] = new[0]
+                if new is not None:
+                    self.state[name][slices[name]] = new[0]
         if self.layout.has_window:
             fitted = [_fit_slot(*found, config.num_kept(end - start)) for found in entries]
             indices, values = (torch.stack(parts) for parts in zip(*fitted, strict=True))
@@ -261,7 +262,7 @@ class _Target:
         slices = layout.state_slices(piece.span_index, first, end)
         bits, bucket_size = layout.config.ef_bits, layout.config.bucket_size
         if bits:
-            stored = StoredError(*(state[name][slices[name]][None] for name in ERROR_TENSORS))
+            stored = StoredError(*(state[name][slices[name]][None] if name in slices else None for name in ERROR_TENSORS))
             decoded = decode_error(stored, end - first, bits=bits, bucket_size=bucket_size)
             error[:, overlap[0] - start : overlap[1] - start] = decoded[:, overlap[0] - first : overlap[1] - first]
         if layout.has_window:

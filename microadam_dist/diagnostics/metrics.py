@@ -212,7 +212,7 @@ def block_sums(blocks: Blocks, config: MicroAdamConfig, num_kept: int, step: int
     assert blocks.grad is not None
     gradient = blocks.grad.flatten(0, 1).float() * scalars.grad_scale
     accumulator = accumulate(blocks, blocks.grad, config, scalars)
-    newest, residual, finite = keep_largest_(blocks, accumulator, config, num_kept)
+    newest, residual, finite = keep_largest_(blocks, accumulator, config, num_kept, step)
     indices, values = decode_slot(newest)
     error = stored_error(blocks, config)
     if error is None:

@@ -8,7 +8,7 @@ planner predicts with the very code that allocates.
         band             consecutive rows of the span cut in the same way  (row intervals; at most 3 per span)
           run            rows x cols blocks of one length                  BlockRun
             block        Top-K unit, never crosses a row of the parameter; cut by a shard edge it is a fragment
-              bucket     elements that share one quantization range, never crosses a block
+              bucket     elements whose codes share one range or scale, never crosses a block
 """
 
 from .grid import Band as Band
@@ -25,6 +25,9 @@ from .state import (
 )
 from .state import (
     ERROR_TENSORS as ERROR_TENSORS,
+)
+from .state import (
+    MAX_SCALED_BITS as MAX_SCALED_BITS,
 )
 from .state import (
     MIN_SAMPLED_BLOCKS as MIN_SAMPLED_BLOCKS,
@@ -52,4 +55,7 @@ from .state import (
 )
 from .state import (
     StateSize as StateSize,
+)
+from .state import (
+    ternary_groups as ternary_groups,
 )

@@ -13,9 +13,11 @@ from .spans import ShardSpan
 
 DTYPE_BYTES = {"uint8": 1, "bfloat16": 2, "float32": 4}
 SPARSE_DTYPES = dict.fromkeys(("codes", "indices"), "uint8") | dict.fromkeys(
-    ("bucket_lo", "bucket_hi", "values", "scales"), "bfloat16"
+    ("bucket_lo", "bucket_hi", "bucket_scale", "values", "scales"), "bfloat16"
 )
-ERROR_TENSORS = ("codes", "bucket_lo", "bucket_hi")
+# A bucket has a range, or where codes have at most MAX_SCALED_BITS one scale.
+ERROR_TENSORS = ("codes", "bucket_lo", "bucket_hi", "bucket_scale")
+MAX_SCALED_BITS = 2
 WINDOW_TENSORS = ("indices", "values", "scales")
 DENSE_TENSORS = ("exp_avg", "exp_avg_sq")
 # Indices are stored as uint8 because neither gloo nor NCCL carries int16.
@@ -25,12 +27,49 @@ INDEX_BITS, PACKED_INDEX_BITS = 16, 12
 SAMPLED_ONE_IN, MIN_SAMPLED_BLOCKS = 97, 7
 
 
+class TernaryGroup(NamedTuple):
+    """Three-level codes that are packed together: byte i holds those of elements i, i + width, i + 2 width, ...
+
+    Attributes:
+        start: First element, in its block.
+        numel: Elements.
+        first_byte: Of the block's codes.
+        width: Bytes; a multiple of 8, so that eight neighbours that begin at a multiple of 8 have the same digit.
+    """
+
+    start: int
+    numel: int
+    first_byte: int
+    width: int
+
+
+TERNARY_GROUP = 512
+CODES_PER_BYTE = 5  # of three levels: 3**5 = 243
+
+
+def ternary_groups(numel: int) -> Iterator[TernaryGroup]:
+    """The groups of a block of ``numel`` elements: of `TERNARY_GROUP`, the last one shorter."""
+    first_byte = 0
+    for start in range(0, numel, TERNARY_GROUP):
+        length = min(TERNARY_GROUP, numel - start)
+        width = 8 * -(-length // (8 * CODES_PER_BYTE))
+        yield TernaryGroup(start, length, first_byte, width)
+        first_byte += width
+
+
+def code_bytes(numel: int, bits: float) -> int:
+    """Bytes of the error-feedback codes of one block."""
+    if bits == 1.6:
+        return sum(group.width for group in ternary_groups(numel))
+    return -(-numel * int(bits) // 8)
+
+
 class StateSize(NamedTuple):
     """State elements of some blocks, or of as many as lie before some block.
 
     Attributes:
         codes: Bytes of error-feedback codes.
-        buckets: Quantization ranges.
+        buckets: Their ranges or scales.
         indices, values, scales: Of one slot of the window: bytes of the indices, values, and scales of the values. All
             slots of a block lie one after the other.
     """
@@ -135,7 +174,7 @@ class StateLayout:
         """What one block of ``numel`` elements takes; its codes begin at a byte."""
         bits, packed = self.config.ef_bits, self.config.packed_window
         num_buckets = -(-numel // self.config.bucket_size) if bits else 0
-        size = StateSize(-(-numel * bits // 8), num_buckets)
+        size = StateSize(code_bytes(numel, bits), num_buckets)
         if not self.has_window:
             return size
         num_kept = self.config.num_kept(numel)
@@ -305,7 +344,8 @@ class StateLayout:
         """Elements of every tensor of the Top-K path that blocks of this size take."""
         numels = {}
         if self.config.ef_bits:
-            numels = {"codes": size.codes, "bucket_lo": size.buckets, "bucket_hi": size.buckets}
+            ends = ("bucket_lo", "bucket_hi") if self.config.ef_bits > MAX_SCALED_BITS else ("bucket_scale",)
+            numels = {"codes": size.codes} | dict.fromkeys(ends, size.buckets)
         if self.has_window:
             slots = self.config.window_size
             numels |= {"indices": slots * size.indices, "values": slots * size.values}

@@ -171,17 +171,24 @@ def _table() -> list[Case]:
         Case("packed-fragments", part((64, 1001), 517, 5555), FP16, FP32, {**packed, "weight_decay": 0.1}),
         Case("packed-one-kept", whole(20, 256), settings={**packed, "density": 1e-6, "window_size": 2}),
         Case("packed-all-kept", whole(20, 250), settings={**packed, "density": 1.0, "window_size": 20}, num_steps=25),
-        Case("packed-ef8", part((64, 301), 333, 4001), BF16, BF16, {**packed, "ef_bits": 8}),
     ]
-    for bits in (0, 2, 8):
-        settings = {"ef_bits": bits}
+    for bits in (0, 1, 1.6, 2, 8):
+        settings, one = {"ef_bits": bits}, {**window1, "ef_bits": bits}
         cases += [
-            Case(f"ef{bits}", whole(20, 256), settings=settings, num_steps=9),
+            *(
+                Case(f"ef{bits}-{g.__name__}", whole(16, 256), gradient=g, settings=one, num_steps=4)
+                for g in (ties, zeros, sparse_rows, tiny, shifted, nonfinite)
+            ),
+            Case(f"ef{bits}-window", whole(16, 256), settings=settings),
             Case(f"ef{bits}-fragments", part((64, 301), 333, 4001), BF16, BF16, settings),
-            Case(f"ef{bits}-nonfinite", whole(20, 256), settings=settings, gradient=nonfinite, num_steps=9),
+            Case(f"ef{bits}-row-1001", whole(8, 1001), BF16, FP32, {**settings, "block_size": 1024, "seed": 3}),
+            Case(f"ef{bits}-bucket-22", whole(20, 256), FP16, FP16, {**one, "bucket_size": 22}),
+            Case(f"ef{bits}-bucket-of-a-block", whole(20, 250), settings={**one, "bucket_size": 1024}),
         ]
+        if bits:
+            cases.append(Case(f"ef{bits}-packed", part((64, 301), 333, 4001), settings={**packed, **settings}))
     # Where it is not said, bf16 weights are rounded stochastically.
-    to_nearest = ("bfloat16-bfloat16", "nonfinite-bf16", "tiny-bf16", "row-257", "dense-vector-nonfinite", "packed-ef8")
+    to_nearest = ("bfloat16-bfloat16", "nonfinite-bf16", "tiny-bf16", "row-257", "dense-vector-nonfinite", "ef1.6-fragments")
     cases += [
         replace(case, name=f"{case.name}-nearest", settings={**case.settings, "rounding": "nearest"})
         for case in cases
@@ -198,7 +205,7 @@ CASES = _table()
 _LONG = {"block_size": 4096, "weight_decay": 0.1}
 _PACKED = {**_LONG, "density": 0.01, "packed_window": True}
 KERNEL_CASES = [
-    *(case for case in CASES if case.config.ef_bits == 4),
+    *CASES,
     Case("4096-1%-10", whole(3, 8192), settings={**_LONG, "density": 0.01, "window_size": 10}, num_steps=12),
     Case("4096-5%-2", whole(3, 8192), BF16, BF16, settings={**_LONG, "density": 0.05, "window_size": 2}),
     Case("4096-10%-1", whole(3, 8192), settings={**_LONG, "density": 0.1, "window_size": 1}),
@@ -226,6 +233,17 @@ KERNEL_CASES = [
     Case("bucket-6", whole(20, 250), FP16, BF16, settings={"bucket_size": 6}),
     Case("bucket-8", whole(20, 250), settings={"bucket_size": 8}),
     Case("bucket-16", whole(20, 256), BF16, BF16, settings={"bucket_size": 16}),
+    *(
+        case
+        for bits in (0, 1, 1.6, 2, 8)
+        for case in (
+            Case(f"4096-ef{bits}-10%-1", whole(3, 8192), BF16, BF16, {**_LONG, "window_size": 1, "ef_bits": bits}),
+            Case(f"4096-ef{bits}-1%-10", whole(3, 8192), settings={**_LONG, "density": 0.01, "ef_bits": bits}),
+            Case(f"2752-ef{bits}", whole(2, 11008), BF16, FP32, {**_LONG, "bucket_size": 128, "ef_bits": bits}),
+            Case(f"32767-ef{bits}", whole(2, 32767), settings={"block_size": 32768, "ef_bits": bits}, num_steps=3),
+            Case(f"bucket-32-ef{bits}", whole(3, 4099), settings={**_LONG, "bucket_size": 32, "ef_bits": bits}),
+        )
+    ),
 ]
 
 

@@ -70,18 +70,41 @@ def top_k(a: list[np.float32], k: int) -> list[int] | None:
     return sorted(sorted(range(len(a)), key=lambda i: (-float(keys[i]), i))[:k])
 
 
-def encode(a: list[np.float32], bucket_size: int, levels: int) -> tuple[list[int], list[np.float32], list[np.float32]]:
-    """Codes, and the ends of each bucket's range."""
-    codes, los, his = [], [], []
-    for first in range(0, len(a), bucket_size):
-        bucket = a[first : first + bucket_size]
-        lo, hi = to_bf16(min(bucket)), to_bf16(max(bucket))
-        inverse = F32(levels) / F32(hi - lo)
-        rounded = [np.rint(F32(x - lo) * inverse) if np.isfinite(inverse) else 0 for x in bucket]
-        codes += [int(min(max(code, 0), levels)) for code in rounded]
-        los.append(lo)
-        his.append(hi)
-    return codes, los, his
+@dataclass
+class Bucket:
+    """Error-feedback codes of some elements, and what they stand for: ``code * step + lo``."""
+
+    codes: list[int]
+    stored: dict[str, np.float32]  # by the name of the state tensor
+    lo: np.float32 = F32(0)
+    step: np.float32 = F32(0)
+
+
+def encode(a: list[np.float32], bits: float, first: int, noise: int) -> Bucket:
+    """Quantize the elements of one bucket; ``first`` is the place of the first one in its block."""
+    low, high = to_bf16(min(a)), to_bf16(max(a))
+    if bits >= 4:
+        top = 2**bits - 1
+        inverse = F32(top) / F32(high - low)
+        codes = [np.rint(F32(x - low) * inverse) if np.isfinite(inverse) else 0 for x in a]
+        stored = {"bucket_lo": low, "bucket_hi": high}
+        lo, step = low, F32(high - low) / F32(top)
+    else:
+        top = {1: 1, 1.6: 2, 2: 3}[bits]
+        largest = max(abs(low), abs(high))
+        scale = to_bf16({1: F32(0.375), 1.6: F32(0.625), 2: F32(0.5)}[bits] * largest)
+        if bits == 2 and -low > high:
+            scale = -scale
+        inverse = F32(1) / scale
+        if not np.isfinite(inverse):
+            scale = inverse = F32(0)
+        if bits == 1:
+            codes = [int(x > 0) if x else (first + i + noise) % 2 for i, x in enumerate(a)]
+        else:
+            codes = [np.rint(F32(x + scale) * inverse) for x in a]
+        stored = {"bucket_scale": scale}
+        lo, step = -scale, 2 * scale if bits == 1 else scale
+    return Bucket([int(min(max(code, 0), top)) for code in codes], stored, lo, step)
 
 
 @dataclass
@@ -89,9 +112,7 @@ class Block:
     """One Top-K block: the places of its elements in the local tensor, its error and its window."""
 
     places: list[int]
-    codes: list[int]
-    lo: list[np.float32]
-    hi: list[np.float32]
+    buckets: list[Bucket] = field(default_factory=list)
     slots: dict[int, list[tuple[int, np.float32]]] = field(default_factory=dict)
     codes_of: dict[int, list[int]] = field(default_factory=dict)  # of a packed window: the values in 8 bits ...
     scale_of: dict[int, np.float32] = field(default_factory=dict)  # ... and what to multiply them with
@@ -118,13 +139,14 @@ class ScalarMicroAdam:
                 row, column = divmod(start + i, row_numel)
                 block_id = (row, column // length)
                 if block_id != previous:
-                    self.blocks.append(Block([], [], [], []))
+                    self.blocks.append(Block([]))
                     previous = block_id
                 self.blocks[-1].places.append(offset + i)
         for block in self.blocks:
-            num_buckets = math.ceil(len(block.places) / self.s.bucket_size)
-            block.codes = [0] * len(block.places)
-            block.lo, block.hi = [F32(0)] * num_buckets, [F32(0)] * num_buckets
+            names = ["bucket_lo", "bucket_hi"] if self.s.ef_bits >= 4 else ["bucket_scale"]
+            for first in range(0, len(block.places), self.s.bucket_size):
+                length = min(self.s.bucket_size, len(block.places) - first)
+                block.buckets.append(Bucket([0] * length, dict.fromkeys(names, F32(0))))
         self.m = {place: F32(0) for span in self.dense for place in span}
         self.v = dict(self.m)
 
@@ -144,16 +166,14 @@ class ScalarMicroAdam:
     def _step_block(self, block: Block, param: np.ndarray, grad: np.ndarray, step: int, grad_scale: np.float32) -> int:
         s, n = self.s, len(block.places)
         k = math.ceil(Fraction(str(s.density)) * n)
-        levels = F32(2**s.ef_bits - 1)
         slot = step % s.window_size
 
         a = []
         for i, place in enumerate(block.places):
             value = F32(grad[place]) * grad_scale
             if s.ef_bits:
-                bucket = i // s.bucket_size
-                step_q = F32(block.hi[bucket] - block.lo[bucket]) / levels
-                value = value + (F32(block.codes[i]) * step_q + block.lo[bucket])
+                bucket = block.buckets[i // s.bucket_size]
+                value = value + (F32(bucket.codes[i % s.bucket_size]) * bucket.step + bucket.lo)
             a.append(F32(value))
 
         kept = top_k(a, k)
@@ -167,7 +187,9 @@ class ScalarMicroAdam:
         for i, value in block.slots[slot]:
             a[i] = F32(a[i] - value) if s.packed_window else F32(0)
         if s.ef_bits:
-            block.codes, block.lo, block.hi = encode(a, s.bucket_size, 2**s.ef_bits - 1)
+            noise = scramble((scramble(s.seed) + step) % 2**32)
+            firsts = range(0, n, s.bucket_size)
+            block.buckets = [encode(a[first : first + s.bucket_size], s.ef_bits, first, noise) for first in firsts]
 
         count = min(step + 1, s.window_size) if s.correction == "window" else step + 1
         c1, c2 = (F32((1 - beta) / (1 - beta**count)) for beta in s.betas)

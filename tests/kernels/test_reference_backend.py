@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -45,9 +47,9 @@ def _flat_state(oracle: ScalarMicroAdam, case: Case) -> dict[str, np.ndarray]:
     s = case.config
     state: dict[str, list[float]] = {}
     if oracle.blocks and s.ef_bits:
-        state["codes"] = [code for block in oracle.blocks for code in block.codes]
-        state["bucket_lo"] = [lo for block in oracle.blocks for lo in block.lo]
-        state["bucket_hi"] = [hi for block in oracle.blocks for hi in block.hi]
+        buckets = [bucket for block in oracle.blocks for bucket in block.buckets]
+        state["codes"] = [code for bucket in buckets for code in bucket.codes]
+        state |= {name: [bucket.stored[name] for bucket in buckets] for name in buckets[0].stored}
     if oracle.blocks and s.window_size > 1:
         state |= {name: [] for name in ("indices", "values", *(["scales"] if s.packed_window else []))}
         for block in oracle.blocks:
@@ -79,12 +81,7 @@ def _numbers(tensor: torch.Tensor, name: str, case: Case) -> np.ndarray:
         if span.is_dense:
             continue
         for block in _block_lengths(case, span):
-            byte, codes = 0, []
-            for i in range(block):
-                if i % (8 // bits) == 0:
-                    byte = next(packed)
-                codes.append(byte >> (i % (8 // bits) * bits) & (2**bits - 1))
-            numbers += codes
+            numbers += _ternary_codes(packed, block) if bits == 1.6 else _codes(packed, block, bits)
     assert next(packed, None) is None
     return np.array(numbers, np.float32)
 
@@ -108,3 +105,24 @@ def _indices(tensor: torch.Tensor, case: Case) -> np.ndarray:
 def _block_lengths(case: Case, span: object) -> list[int]:
     oracle = ScalarMicroAdam([(span.global_shape, span.start, span.numel, 0)], case.config, "float32")  # type: ignore[attr-defined]
     return [len(block.places) for block in oracle.blocks]
+
+
+def _codes(packed: Iterator[int], length: int, bits: int) -> list[int]:
+    byte, codes = 0, []
+    for i in range(length):
+        if i % (8 // bits) == 0:
+            byte = next(packed)
+        codes.append(byte >> (i % (8 // bits) * bits) & (2**bits - 1))
+    return codes
+
+
+def _ternary_codes(packed: Iterator[int], length: int) -> list[int]:
+    """Of 512 elements at a time five in a byte, which are as far apart as there are bytes: a multiple of 8."""
+    codes = []
+    for first in range(0, length, 512):
+        members = min(512, length - first)
+        num_bytes = next(n for n in range(8, 105, 8) if 5 * n >= members)
+        group = [next(packed) for _ in range(num_bytes)]
+        assert max(group) < 3**5
+        codes += [group[i % num_bytes] // 3 ** (i // num_bytes) % 3 for i in range(members)]
+    return codes
