@@ -7,8 +7,8 @@
 #include <new>
 #include <vector>
 
-#include "kernel.h"
 #include "counters.h"
+#include "kernel.h"
 #include "microadam_cpu.h"
 #include "threads.h"
 
@@ -210,8 +210,13 @@ void work(void* argument) {
   for (int64_t piece; (piece = call.next_piece++) < call.jobs.back().end;) {
     for (; piece >= job->end; ++job) job_begin = job->end;
     const microadam_tensor& tensor = *job->tensor;
-    const Step step = {tensor.scalars, call.settings->window_size, call.settings->bucket_size, tensor.param_dtype,
-                       tensor.grad_dtype, tensor.is_stochastic != 0, static_cast<int>(call.settings->levels)};
+    const Step step = {tensor.scalars,
+                       call.settings->window_size,
+                       call.settings->bucket_size,
+                       tensor.param_dtype,
+                       tensor.grad_dtype,
+                       tensor.is_stochastic != 0,
+                       static_cast<int>(call.settings->levels)};
     const int64_t first = (piece - job_begin) * job->units_per_piece;
     if (job->blocks != nullptr) {
       run_blocks(call, *job, first, step, scratch);

@@ -28,7 +28,7 @@ struct Block {
   typename Traits::Param* param;
   const typename Traits::Grad* grad;
   uint8* codes;
-  Bf16 *bucket_lo, *bucket_hi;
+  Bf16 *bucket_lo, *bucket_hi, *bucket_scale;
   uint8 *indices, *values;    // kWindowSize slots of num_kept, see slot.cuh
   Bf16* scales;               // one for each slot of a packed window
   int32 length, kept_length;  // read by numel() and num_kept()
@@ -109,8 +109,6 @@ __device__ __forceinline__ int group_of(int chunk) {
   return chunk * Traits::kWarps + threadIdx.x / kWarp;
 }
 
-__device__ __forceinline__ uint32 code_offset(int element) { return static_cast<uint32>(element) / 2; }
-
 __device__ __forceinline__ int64 offset_of(const Extent& extent, uint32 row, uint32 col) {
   return extent.start + row * extent.row_stride + col * extent.size;
 }
@@ -136,6 +134,7 @@ __device__ __forceinline__ Block<Traits> find_block(const Tensor& tensor, const 
   block.codes = tensor.codes + offset_of(run.codes, row, col);
   block.bucket_lo = tensor.bucket_lo + bucket;
   block.bucket_hi = tensor.bucket_hi + bucket;
+  block.bucket_scale = tensor.bucket_scale + bucket;
   block.length = static_cast<int32>(run.numel);
   block.kept_length = static_cast<int32>(run.num_kept);
   block.ending.decay = scalars.decay;

@@ -45,10 +45,10 @@ __device__ __forceinline__ void block_step(const Launch& launch, Shared<Traits>&
     if constexpr (Traits::kHasWindow) add_newest(c, kept[c], scale, s);
     update_group(kept[c], s);
     apply_updates(c, s);
-    if constexpr (Traits::kBucketsFitWarps) encode_chunk(s.block, c, a[c]);
+    if constexpr (Traits::kHasError && Traits::kBucketsFitWarps) encode_chunk(c, a[c], s);
   }
   if constexpr (Traits::kPackedWindow) store_shared_bits(s);
-  if constexpr (!Traits::kBucketsFitWarps) encode_any(s.block, a, s);
+  if constexpr (Traits::kHasError && !Traits::kBucketsFitWarps) encode_any(a, s);
 }
 
 // The weights alone, from a window that has all its slots.

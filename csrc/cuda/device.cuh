@@ -72,10 +72,18 @@ __device__ __forceinline__ uint32 signs_of_halves(uint32 low, uint32 high) {
   return result;
 }
 
-// Two codes of 4 bits before those that are there: clip(first, 0, 15) in the lowest bits, then clip(second, 0, 15).
+// Two codes of 2, 4 or 8 bits before those that are there: `first`, clipped to what they hold, in the lowest bits, then
+// `second`.
+template <int kBits>
 __device__ __forceinline__ uint32 put_first(uint32 codes, int32 first, int32 second) {
   uint32 result;
-  asm("cvt.pack.sat.u4.s32.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(second), "r"(first), "r"(codes));
+  if constexpr (kBits == 2) {
+    asm("cvt.pack.sat.u2.s32.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(second), "r"(first), "r"(codes));
+  } else if constexpr (kBits == 4) {
+    asm("cvt.pack.sat.u4.s32.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(second), "r"(first), "r"(codes));
+  } else {
+    asm("cvt.pack.sat.u8.s32.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(second), "r"(first), "r"(codes));
+  }
   return result;
 }
 

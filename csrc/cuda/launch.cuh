@@ -1,7 +1,7 @@
 // What one launch is given. `microadam_dist/backends/cuda_launch.py`, with `structures.py` beside it, mirrors these
 // structures with ctypes.
 //
-// Offsets are in elements; a flat state tensor is described in `microadam_dist/layout.py`.
+// Offsets are in elements; a flat state tensor is described in `microadam_dist/layout`.
 #pragma once
 
 #include "device.cuh"
@@ -35,7 +35,8 @@ struct Tensor {
   void* param;
   const void* grad;
   uint8* codes;
-  Bf16 *bucket_lo, *bucket_hi;
+  Bf16 *bucket_lo, *bucket_hi;  // of codes of 4 and 8 bits
+  Bf16* bucket_scale;           // of others
   uint8 *indices, *values;
   Bf16* scales;  // of a packed window
   float *exp_avg, *exp_avg_sq;

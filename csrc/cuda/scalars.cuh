@@ -6,7 +6,8 @@
 
 namespace microadam {
 
-// Once for every tensor, before its step. The same bits as `microadam_dist/scalars.py`: powers come from a table.
+// Once for every tensor, before its step. The same bits as `microadam_dist/arithmetic/scalars.py`: powers come from a
+// table.
 __device__ __forceinline__ void compute_scalars(const Launch& launch, int index) {
   const DeviceInputs& inputs = launch.inputs;
   Scalars scalars = launch.scalars;

@@ -16,6 +16,7 @@ struct Settings {
   static constexpr int kMinBlocks = MICROADAM_MIN_BLOCKS;  // thread blocks that shall fit a multiprocessor at once
   static constexpr int kWindowSize = MICROADAM_WINDOW_SIZE;
   static constexpr int kBucketSize = MICROADAM_BUCKET_SIZE;
+  static constexpr int kLevels = MICROADAM_LEVELS;                // the largest error-feedback code; 0: there are none
   static constexpr int kLength = MICROADAM_LENGTH;                // of all blocks, or 0 where it is not the same
   static constexpr int kMaxKept = MICROADAM_MAX_KEPT;             // of any block
   static constexpr bool kPackedWindow = MICROADAM_PACKED_WINDOW;  // 12-bit indices and 8-bit values

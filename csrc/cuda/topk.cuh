@@ -1,8 +1,8 @@
 // Top-K: the num_kept largest keys |bf16(a)|, ties to the lowest index.
 //
 // Counting instead of sorting. A coarse count by binary exponent gives a lower bound of the k-th largest key: the one
-// of the largest of every eight elements suffices, for there are at least as many elements above it. A fine count of the
-// elements above that bound gives the key itself. Counts do not depend on the order of the threads.
+// of the largest of every eight elements suffices, for there are at least as many elements above it. A fine count of
+// the elements above that bound gives the key itself. Counts do not depend on the order of the threads.
 #pragma once
 
 #include "block.cuh"

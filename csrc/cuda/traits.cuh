@@ -31,6 +31,14 @@ struct KernelTraits : Settings {
   static constexpr bool kCopiesAhead =
       Settings::kAligned && Settings::kChunks == 1 && !kHasWindow && sizeof(typename Settings::Param) == 2;
 
+  static constexpr bool kHasError = Settings::kLevels != 0;
+  static constexpr bool kIsScaled = Settings::kLevels <= 3;   // a bucket stores a scale, else a range
+  static constexpr bool kIsTernary = Settings::kLevels == 2;  // five codes are stored in a byte
+  static constexpr int kCodeBits = Settings::kLevels == 1    ? 1
+                                   : Settings::kLevels == 3  ? 2
+                                   : Settings::kLevels == 15 ? 4
+                                                             : 8;
+
   // Whether a bucket lies in the same chunk of one thread or of neighbouring threads of a warp.
   static constexpr bool kBucketsFitWarps = Settings::kBucketSize % kVector == 0 && Settings::kBucketSize <= kGroup &&
                                            (Settings::kBucketSize & (Settings::kBucketSize - 1)) == 0;

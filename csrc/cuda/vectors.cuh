@@ -96,37 +96,4 @@ __device__ __forceinline__ void store_first(T* p, const float (&x)[kVector], int
   }
 }
 
-// Sixteen codes of 4 bits.
-struct alignas(8) Codes {
-  uint32 words[2];
-};
-
-template <bool kAligned>
-__device__ __forceinline__ Codes load_codes(const uint8* p, int count) {
-  Codes codes = {};
-  if constexpr (kAligned) {
-    if (count > 0) codes = *reinterpret_cast<const Codes*>(p);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kVector / 2; ++i) {
-      if (2 * i < count) codes.words[i / 4] |= static_cast<uint32>(p[i]) << (8 * (i % 4));
-    }
-  }
-  return codes;
-}
-
-template <bool kAligned>
-__device__ __forceinline__ void store_codes(uint8* p, const Codes& codes, int count) {
-  if constexpr (kAligned) {
-    *reinterpret_cast<Codes*>(p) = codes;
-  } else {
-#pragma unroll
-    for (int i = 0; i < kVector / 2; ++i) {
-      uint32 pair = codes.words[i / 4] >> (8 * (i % 4));
-      if (2 * i + 1 == count) pair &= 15u;
-      if (2 * i < count) p[i] = static_cast<uint8>(pair);
-    }
-  }
-}
-
 }  // namespace microadam

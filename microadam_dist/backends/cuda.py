@@ -99,8 +99,6 @@ class CudaBackend:
                 f'backend="cuda" needs compute capability 8.0 or newer; {torch.cuda.get_device_name(device)} has '
                 f'{capability[0]}.{capability[1]}. Use backend="reference".'
             )
-        if config.ef_bits != 4:
-            raise ConfigError(f'ef_bits={config.ef_bits}: backend="cuda" has 4 only; backend="reference" has all.')
 
     def step(self, tensors: Sequence[TensorStep], config: MicroAdamConfig, grad_scale: float) -> int | Tensor:
         """See `Backend.step`."""

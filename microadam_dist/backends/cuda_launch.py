@@ -15,6 +15,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from ..arithmetic.error_feedback import num_levels
 from ..arithmetic.rounding import is_stochastic, mix, step_key
 from ..arithmetic.scalars import BiasFactors, StepScalars
 from ..config import MicroAdamConfig
@@ -157,7 +158,7 @@ def launch_tables(
     sparse: dict[tuple[Shape, bool], list[tuple[int, BlockRun]]] = {}
     for index, layout in enumerate(layouts):
         for run in layout.runs:
-            key = shape or Shape.for_blocks(run.numel), is_aligned and _is_aligned(run)
+            key = shape or Shape.for_blocks(run.numel), is_aligned and _is_aligned(run, layout.config.ef_bits)
             sparse.setdefault(key, []).append((index, run))
     dense = [(index, run) for index, layout in enumerate(layouts) for run in layout.dense_runs]
     classes = list(sparse.items())
@@ -167,8 +168,10 @@ def launch_tables(
     return [LaunchTables(layouts, runs, [] if i else dense, *key, device) for i, (key, runs) in enumerate(classes)]
 
 
-def _is_aligned(run: BlockRun) -> bool:
-    return run.numel % VECTOR == 0 and run.elements.is_multiple_of(VECTOR) and run.codes.is_multiple_of(VECTOR // 2)
+def _is_aligned(run: BlockRun, ef_bits: float) -> bool:
+    # Three-level codes are read in groups of eight bytes, others as many at once as a vector has.
+    code_bytes = 8 if ef_bits == 1.6 else max(1, VECTOR * int(ef_bits) // 8)
+    return run.numel % VECTOR == 0 and run.elements.is_multiple_of(VECTOR) and run.codes.is_multiple_of(code_bytes)
 
 
 def _first_runs(runs: Sequence[Run], num_blocks: int) -> ctypes.Array[ctypes.c_uint32]:
@@ -199,6 +202,7 @@ def kernel_macros(
         "MIN_BLOCKS": tables.shape.min_blocks,
         "WINDOW_SIZE": config.window_size,
         "BUCKET_SIZE": config.bucket_size,
+        "LEVELS": num_levels(config.ef_bits),
         "PACKED_WINDOW": int(config.packed_window),
         "STOCHASTIC": int(is_stochastic(config.rounding, param)),
         "LENGTH": tables.length,

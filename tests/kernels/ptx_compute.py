@@ -111,9 +111,10 @@ def compute(name: list[str], *x: Array) -> Array:
             result = ~(x[0] >= x[1])
         case ["setp", ("eq" | "ne" | "lt" | "le" | "gt" | "ge") as relation, _]:
             result = getattr(operator, relation)(*x)
-        case ["cvt", "pack", "sat", "u4", "s32", "b32"]:
-            first, second = (np.clip(value, 0, 15).astype("u4") for value in (x[1], x[0]))
-            result = x[2] << 8 | second << 4 | first
+        case ["cvt", "pack", "sat", "u2" | "u4" | "u8" as kind, "s32", "b32"]:
+            bits = int(kind[1:])
+            first, second = (np.clip(value, 0, 2**bits - 1).astype("u4") for value in (x[1], x[0]))
+            result = x[2] << 2 * bits | second << bits | first
         case ["cvt", "rn", "bf16x2", "f32"]:
             result = _bf16(x[0]) << 16 | _bf16(x[1])
         case ["cvt", *_, ("f16" | "f32" | "f64") as to, "f16" | "f32" | "f64"]:

@@ -52,6 +52,15 @@ CASES = [
     Case("not finite", part((64, 256), 0, 512), FP16, BF16, gradient=nonfinite, num_steps=6),
     Case("bucket of 96", part((64, 256), 100, 512), BF16, BF16, {"bucket_size": 96}, num_steps=3),
     Case("bucket of 6", part((64, 256), 100, 512), settings={"bucket_size": 6}, num_steps=3),
+    *(
+        Case(f"{bits} bits", whole(1, 4096), BF16, BF16, {**_ROW, "ef_bits": bits}, num_steps=2, padding=16)
+        for bits in (0, 1, 1.6, 2, 8)
+    ),
+    *(
+        Case(f"{bits} bits, odd", part((64, 301), 333, 701), FP32, BF16, {"ef_bits": bits, "window_size": 2})
+        for bits in (0, 1, 1.6, 2, 8)
+    ),
+    Case("1.6 bits, bucket of 96", part((64, 256), 100, 512), settings={"bucket_size": 96, "ef_bits": 1.6}),
     Case("dense", whole(300), BF16, BF16, {"weight_decay": 0.1}, gradient=nonfinite),
 ]
 CASES += [

@@ -19,6 +19,9 @@
 struct Dim3 {
   unsigned x;
 };
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
@@ -70,6 +73,7 @@ inline unsigned over_lanes(unsigned value, unsigned x, const F& f) {
 #define blockIdx harness::block
 
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline float __uint_as_float(unsigned x) { return harness::bit_cast<float>(x); }
 inline unsigned __float_as_uint(float x) { return harness::bit_cast<unsigned>(x); }
@@ -86,6 +90,7 @@ inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fsqrt_rn(float x) { return sqrtf(x); }
 inline int __float2int_rn(float x) { return static_cast<int>(nearbyintf(x)); }
 #define __builtin_assume(condition)
+inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<uint64_t>(a) * b >> 32; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline unsigned __dp4a(unsigned a, unsigned b, unsigned c) {
   for (int i = 0; i < 32; i += 8) c += (a >> i & 0xff) * (b >> i & 0xff);
@@ -176,8 +181,10 @@ inline unsigned signs_of_halves(unsigned low, unsigned high) {
   const unsigned signs = __byte_perm(low, high, 0x7531) >> 7 & 0x01010101u;
   return signs * 0xffu;
 }
+template <int kBits>
 inline unsigned put_first(unsigned codes, int first, int second) {
-  return codes << 8 | min(max(second, 0), 15) << 4 | min(max(first, 0), 15);
+  constexpr int kLargest = (1 << kBits) - 1;
+  return codes << 2 * kBits | min(max(second, 0), kLargest) << kBits | min(max(first, 0), kLargest);
 }
 
 inline unsigned short round_to_bf16(float x) {

@@ -12,7 +12,7 @@ struct Settings {
   using Param = Fp32;
   using Grad = Fp32;
   static constexpr bool kAligned = aligned, kReplays = false, kPackedWindow = false, kStochastic = false;
-  static constexpr int kThreads = threads, kChunks = chunks, kBucketSize = bucket_size;
+  static constexpr int kThreads = threads, kChunks = chunks, kBucketSize = bucket_size, kLevels = 15;
   static constexpr int kLength = 0, kWindowSize = 1, kMaxKept = threads * chunks * kVector;
 };
 
@@ -56,12 +56,14 @@ bool encode(const float* residual, int numel, uint8* codes, Bf16* lo, Bf16* hi, 
     block.codes = codes;
     block.bucket_lo = lo;
     block.bucket_hi = hi;
+    if (threadIdx.x == 0) s.block = block;
+    __syncthreads();
     Elements<Traits> a;
     load<Traits>(residual, numel, a);
     if constexpr (Traits::kBucketsFitWarps) {
-      for (int c = 0; c < Traits::kChunks; ++c) encode_chunk(block, c, a[c]);
+      for (int c = 0; c < Traits::kChunks; ++c) encode_chunk(c, a[c], s);
     } else {
-      encode_any(block, a, s);
+      encode_any(a, s);
     }
   });
 }
