@@ -76,6 +76,15 @@ def fraction(text: str | float) -> float:
         raise BadParameter(f"{text!r} is no fraction: expected a number such as 0.01 or 1%.") from None
 
 
+def bits(text: str | float) -> float:
+    """A whole number is an int, as in a JSON."""
+    try:
+        number = float(text)
+    except ValueError:
+        raise BadParameter(f"{text!r} is no number: expected one such as 4 or 1.6.") from None
+    return int(number) if number.is_integer() else number
+
+
 _model, _data, _optimizer, _run, _output = (
     partial(Option, rich_help_panel=panel) for panel in ("Model", "Data", "Optimizer", "Run", "Output")
 )
@@ -124,9 +133,10 @@ class Options:
     packed_window: Annotated[
         bool | None, _optimizer("--packed-window", help="MicroAdam: a window in 12-bit indices and 8-bit values.")
     ] = None
-    ef_bits: Annotated[int | None, _optimizer(help="MicroAdam: bits of the error feedback, 0 is off. Default 4.")] = (
-        None
-    )
+    ef_bits: Annotated[
+        float | None,
+        _optimizer(parser=bits, metavar="BITS", help="MicroAdam: error feedback, 0, 1, 1.6, 2, 4 or 8. Default 4."),
+    ] = None
     correction: Annotated[
         Correction | None,
         _optimizer(

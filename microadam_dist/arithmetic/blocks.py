@@ -80,10 +80,8 @@ def block_views(
 
     error = None
     if layout.config.ef_bits and grad is not None:
-        extents = run.codes, run.buckets, run.buckets, run.buckets
-        error = StoredError(
-            *(view(state[name], e) if name in state else None for name, e in zip(ERROR_TENSORS, extents, strict=True))
-        )
+        names = [name for name in ERROR_TENSORS if name in state]
+        error = StoredError.of({x: view(state[x], run.codes if x == "codes" else run.buckets) for x in names})
     return Blocks(
         view(param, run.elements),
         None if grad is None else view(grad, run.elements),

@@ -20,12 +20,13 @@ Source: MicroAdam, arXiv:2405.15593, Algorithm 2, for 4 and 8 bits. Shapes: B bl
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..layout import MAX_SCALED_BITS, ternary_groups
+from ..layout import ERROR_TENSORS, MAX_SCALED_BITS, ternary_groups
 
 # Of a bucket's largest magnitude; near the ones with the smallest error, and exact in fp32 for a bf16 number.
 _SCALE_FACTORS = {1: 3 / 8, 1.6: 5 / 8, 2: 1 / 2}
@@ -44,6 +45,11 @@ class StoredError(NamedTuple):
     lo: Tensor | None
     hi: Tensor | None
     scale: Tensor | None
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> StoredError:
+        """From state tensors by name."""
+        return cls(tensors["codes"], *(tensors.get(name) for name in ERROR_TENSORS[1:]))
 
 
 def num_levels(bits: float) -> int:
@@ -94,30 +100,29 @@ def encode_error(residual: Tensor, *, bits: float, bucket_size: int, zero_key: i
     filling = residual[:, -1:].expand(-1, -numel % bucket_size)
     buckets = torch.cat([residual, filling], dim=1).view(residual.shape[0], -1, bucket_size)
     lo, hi = buckets.amin(dim=2).bfloat16(), buckets.amax(dim=2).bfloat16()
-    if bits > MAX_SCALED_BITS:
-        width = hi.float() - lo.float()
-        ends, inverse = (lo, hi, None), _finite(torch.full_like(width, levels) / width)
-    else:
-        scale = _scale(lo.float(), hi.float(), bits)
-        inverse = _finite(torch.ones_like(scale) / scale)
-        scale = torch.where(inverse != 0, scale, 0.0)
-        ends = None, None, scale.bfloat16()
+    least, width = lo.float(), hi.float() - lo.float()
+    inverse, scale = _finite(torch.full_like(width, levels) / width), None
+    if bits <= MAX_SCALED_BITS:
+        scale, inverse = _scale(lo.float(), hi.float(), bits)
+        least = -scale.float()
     if bits == 1:
         is_odd = (torch.arange(numel, device=residual.device) + zero_key) % 2 == 1
         codes = ((residual > 0) | (residual == 0) & is_odd).byte()
     else:
-        least = lo.float() if bits > MAX_SCALED_BITS else -scale
         scaled = (residual - spread(least, bucket_size, numel)) * spread(inverse, bucket_size, numel)
         codes = scaled.round().clamp(0, levels).byte()
-    return StoredError(pack_codes(codes, bits), *ends)
+    packed = pack_codes(codes, bits)
+    return StoredError(packed, lo, hi, None) if scale is None else StoredError(packed, None, None, scale)
 
 
-def _scale(lo: Tensor, hi: Tensor, bits: float) -> Tensor:
-    """Of every bucket, as it is stored, fp32."""
+def _scale(lo: Tensor, hi: Tensor, bits: float) -> tuple[Tensor, Tensor]:
+    """Of every bucket, bf16, and its inverse."""
     extreme = torch.where(hi.abs() < lo.abs(), lo, hi)
     if bits < 2:
         extreme = extreme.abs()
-    return (extreme * _SCALE_FACTORS[bits]).bfloat16().float()
+    scale = (extreme * _SCALE_FACTORS[bits]).bfloat16()
+    inverse = _finite(torch.ones_like(extreme) / scale.float())
+    return torch.where(inverse != 0, scale, 0.0), inverse
 
 
 def _finite(inverse: Tensor) -> Tensor:

@@ -40,13 +40,8 @@ class Backend(Protocol):
 
     name: str
 
-    def check(self, config: MicroAdamConfig, device: torch.device) -> None:
-        """Raise if the backend cannot run these settings on this device.
-
-        Raises:
-            ConfigError: A setting the backend does not have.
-            BackendUnavailableError: Not on this device.
-        """
+    def check(self, device: torch.device) -> None:
+        """Raise a BackendUnavailableError if the backend cannot update parameters on this device."""
 
     def step(self, tensors: Sequence[TensorStep], config: MicroAdamConfig, grad_scale: float) -> int | Tensor:
         """Update all tensors of one group in place.

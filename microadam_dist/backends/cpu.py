@@ -123,7 +123,7 @@ class CpuBackend:
         """``"openmp"``: the threads are torch's own; ``"std::thread"``: they are started for every step."""
         return str(self._library.microadam_cpu_threading().decode())
 
-    def check(self, config: MicroAdamConfig, device: torch.device) -> None:
+    def check(self, device: torch.device) -> None:
         """See `Backend.check`."""
         if device.type != "cpu":
             raise BackendUnavailableError(
@@ -134,7 +134,7 @@ class CpuBackend:
         """See `Backend.step`."""
         if not tensors:
             return 0
-        self.check(config, tensors[0].param.device)
+        self.check(tensors[0].param.device)
         steps = {tensor.step for tensor in tensors}
         scalars = {step: _scalars(step, config, grad_scale) for step in steps}  # alive until the call is over, as grads
         grads = readable_grads(tensors)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..config import MicroAdamConfig
-from ..errors import BackendUnavailableError, ConfigError
+from ..errors import BackendUnavailableError
 from ..layout import StateLayout
 from . import nvrtc
 from .base import DeviceInputs, TensorStep
@@ -87,7 +87,7 @@ class CudaBackend:
         version = ".".join(map(str, nvrtc.nvrtc_version()))
         return f"{', '.join(devices)}; NVRTC {version}, kernels kept in {nvrtc.cache_folder()}"
 
-    def check(self, config: MicroAdamConfig, device: torch.device) -> None:
+    def check(self, device: torch.device) -> None:
         """See `Backend.check`."""
         if device.type != "cuda":
             raise BackendUnavailableError(
@@ -121,7 +121,7 @@ class CudaBackend:
         if not tensors:
             return 0
         device = tensors[0].param.device
-        self.check(config, device)
+        self.check(device)
         grads = readable_grads(tensors)
         # To switch to the device where it is the current one already takes longer than to ask.
         with nullcontext() if torch.cuda.current_device() == device.index else torch.cuda.device(device):

@@ -25,7 +25,7 @@ class ReferenceBackend:
 
     name = "reference"
 
-    def check(self, config: MicroAdamConfig, device: torch.device) -> None:
+    def check(self, device: torch.device) -> None:
         """Every valid setting runs on every device."""
 
     def step(self, tensors: Sequence[TensorStep], config: MicroAdamConfig, grad_scale: float) -> int:

@@ -34,7 +34,7 @@ def select_backend(name: str) -> Backend:
 
 
 class AutoBackend:
-    """Chooses by the settings and the device of each tensor; the parameters of a group may lie on several devices.
+    """Chooses by the device of each tensor; the parameters of a group may lie on several devices.
 
     The fused backend of a type of device is looked for when the first parameter on such a device is seen.
 
@@ -52,31 +52,29 @@ class AutoBackend:
     def __reduce__(self) -> tuple[type[AutoBackend], tuple[()]]:
         return AutoBackend, ()  # where it is unpickled other backends may be available
 
-    def choose(self, config: MicroAdamConfig, device: torch.device) -> Backend:
-        """The fastest backend for these settings on this device."""
+    def choose(self, device: torch.device) -> Backend:
+        """The fastest backend on this device."""
         name = device.type
         if name in self._fused and name not in self.unavailable:
             try:
                 if name not in self._backends:
                     self._backends[name] = select_backend(name)
-                self._backends[name].check(config, device)
+                self._backends[name].check(device)
                 return self._backends[name]
             except BackendUnavailableError as error:
                 self.unavailable[name] = str(error)
                 if name == "cuda":
                     warnings.warn(f"MicroAdam takes its slow reference backend on {device}. {error}", stacklevel=2)
-            except ConfigError:
-                pass  # settings for studies, which only the reference backend has
         return self._backends["reference"]
 
-    def check(self, config: MicroAdamConfig, device: torch.device) -> None:
-        """Every valid setting runs on every device."""
+    def check(self, device: torch.device) -> None:
+        """The reference backend runs on every device."""
 
     def step(self, tensors: Sequence[TensorStep], config: MicroAdamConfig, grad_scale: float) -> int | Tensor:
         """See `Backend.step`."""
         devices = {tensor.param.device for tensor in tensors}
         if len(devices) == 1:
-            return self.choose(config, devices.pop()).step(tensors, config, grad_scale)
+            return self.choose(devices.pop()).step(tensors, config, grad_scale)
         by_device: dict[torch.device, list[TensorStep]] = {}
         for tensor in tensors:
             by_device.setdefault(tensor.param.device, []).append(tensor)
@@ -84,5 +82,5 @@ class AutoBackend:
         for device, members in by_device.items():
             # A sum lies where its last part does.
             so_far = num_skipped.to(device) if isinstance(num_skipped, Tensor) else num_skipped
-            num_skipped = so_far + self.choose(config, device).step(members, config, grad_scale)
+            num_skipped = so_far + self.choose(device).step(members, config, grad_scale)
         return num_skipped

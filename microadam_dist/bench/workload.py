@@ -19,7 +19,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _NUMEL = re.compile(r"(?:(\d+)x)?(\d+)([KMG]?)", re.IGNORECASE)
-_SETTING = re.compile(rf"(\d+)/(\d+(?:\.\d+)?)%(/packed)?(?:/({'|'.join(ROUNDINGS)}))?")
+_SETTING = re.compile(rf"(\d+)/(\d+(?:\.\d+)?)%(/packed)?(?:/({'|'.join(ROUNDINGS)}))?(?:/ef(\d(?:\.\d)?))?")
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def parse_dtype(text: str) -> torch.dtype:
 
 
 def parse_setting(text: str, weight_decay: float) -> MicroAdamConfig:
-    """``"10/1%"`` is window_size 10, density 0.01; ``"10/1%/packed/nearest"`` with a packed window, rounded to nearest.
+    """``"10/1%"`` is window_size 10, density 0.01; after it, if wanted, ``/packed``, ``/nearest`` and ``/ef2``.
 
     Raises:
         ConfigError: The text is something else, or a value is outside its range.
@@ -83,14 +83,16 @@ def parse_setting(text: str, weight_decay: float) -> MicroAdamConfig:
     match = _SETTING.fullmatch(text)
     if not match:
         raise ConfigError(
-            f"setting {text!r}: expected window_size/density such as 10/1%, and then /packed or one of "
-            f"{', '.join('/' + name for name in ROUNDINGS)} if wanted."
+            f"setting {text!r}: expected window_size/density such as 10/1%, and then, if wanted, /packed, one of "
+            f"{', '.join('/' + name for name in ROUNDINGS)}, and /ef with the bits of the error feedback, such as /ef2."
         )
+    bits = float(match[5] or 4)
     return MicroAdamConfig(
         window_size=int(match[1]),
         density=float(Fraction(match[2]) / 100),
         packed_window=bool(match[3]),
         rounding=match[4] or "auto",
+        ef_bits=int(bits) if bits.is_integer() else bits,
         weight_decay=weight_decay,
     )
 

@@ -262,7 +262,7 @@ class _Target:
         slices = layout.state_slices(piece.span_index, first, end)
         bits, bucket_size = layout.config.ef_bits, layout.config.bucket_size
         if bits:
-            stored = StoredError(*(state[name][slices[name]][None] if name in slices else None for name in ERROR_TENSORS))
+            stored = StoredError.of({name: state[name][slices[name]][None] for name in ERROR_TENSORS if name in slices})
             decoded = decode_error(stored, end - first, bits=bits, bucket_size=bucket_size)
             error[:, overlap[0] - start : overlap[1] - start] = decoded[:, overlap[0] - first : overlap[1] - first]
         if layout.has_window:

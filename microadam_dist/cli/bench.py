@@ -46,7 +46,7 @@ def step(
     model: Annotated[str, typer.Option(help="Tensors of these Llamas instead of --numel: 7b, 13b, 8b.")] = "",
     dtype: Annotated[str, typer.Option(help="Of weights and gradients: fp32, bf16, fp16.")] = "fp32,bf16",
     settings: Annotated[
-        str, typer.Option(help="MicroAdam's window_size/density[/packed][/nearest]; 10/1% is 10/0.01.")
+        str, typer.Option(help="MicroAdam's window_size/density[/packed][/nearest][/ef2]; 10/1% is 10/0.01.")
     ] = "10/1%,2/5%,1/10%",
     weight_decay: Annotated[float, typer.Option(help="Of all optimizers.")] = 0.01,
     isa: Annotated[str, typer.Option(help="Instruction sets of the CPU kernel; default: the best one.")] = "",

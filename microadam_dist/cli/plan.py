@@ -17,7 +17,7 @@ from ..planner.gpus import CONTEXT_BYTES, FRAGMENTATION, GIB, GPUS, needed_bytes
 from ..planner.memory import Job, Optimizer, Plan, make_plan
 from ..planner.shapes import BUILT_IN_NAMES, LLAMAS, SUPPORTED_MODEL_TYPES, LlamaShape, numel, read_shape
 from .output import tables, write_json
-from .settings import parse_density
+from .settings import parse_bits, parse_density
 
 # Parts of a plan in the order in which the table and the picture show them; the last ones are of the step.
 RESIDENT = {"weights": "weights", "master": "master weights", "optimizer_state": "optimizer state"}
@@ -53,7 +53,9 @@ def plan(
     ] = DEFAULTS.density,
     block_size: Annotated[int, Option(help="MicroAdam: elements in a Top-K block.")] = DEFAULTS.block_size,
     bucket_size: Annotated[int, Option(help="MicroAdam: elements sharing one scale.")] = DEFAULTS.bucket_size,
-    ef_bits: Annotated[int, Option(help="MicroAdam: bits of the error feedback.")] = DEFAULTS.ef_bits,
+    ef_bits: Annotated[
+        float, Option(parser=parse_bits, metavar="BITS", help="MicroAdam: of the error feedback, 0, 1, 1.6, 2, 4 or 8.")
+    ] = DEFAULTS.ef_bits,
     packed_window: Annotated[bool, Option("--packed-window", help="MicroAdam: window in 12 + 8 bits.")] = False,
     gradient_release: Annotated[bool, Option(help="Update weights in the backward pass (single, fsdp2).")] = False,
     activation_checkpointing: Annotated[bool, Option(help="Recompute every decoder layer.")] = False,

@@ -10,7 +10,6 @@ import torch
 from ..backends.cpu import CpuBackend
 from ..backends.cuda import CudaBackend
 from ..backends.select import AutoBackend
-from ..config import MicroAdamConfig
 from ..errors import BackendUnavailableError
 
 _PACKAGES = ("microadam-dist", "torch", "cuda-core", "deepspeed", "transformers", "accelerate")
@@ -46,4 +45,4 @@ def chosen() -> dict[str, str]:
     """Device -> the backend that ``backend="auto"`` takes there, with the default settings."""
     auto = AutoBackend()
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    return {device: auto.choose(MicroAdamConfig(), torch.device(device)).name for device in devices}
+    return {device: auto.choose(torch.device(device)).name for device in devices}

@@ -42,8 +42,8 @@ class MicroAdam(Optimizer):
         window_size: Number of sparse gradients kept (``m`` in the paper). 1 stores no window at all.
         density: Fraction of each block kept by Top-K (``k_init``).
         block_size: Longest Top-K block.
-        bucket_size: Elements that share one quantization range (``quant_block_size``).
-        ef_bits: Bits of one error-feedback code: 0 (off), 2, 4 or 8.
+        bucket_size: Elements whose error-feedback codes share one range or scale (``quant_block_size``).
+        ef_bits: Bits of one error-feedback code: 0 (off), 1, 1.6 (three levels, five codes in a byte), 2, 4 or 8.
         packed_window: Store the window in 12-bit indices and 8-bit values: 0.82 instead of 0.96 bytes of state a
             parameter at window 10, density 0.01. What 8 bits leave stays in the error feedback.
         correction: What the sums over the window are divided by to become moments: ``"window"``, what the slots in it
@@ -85,7 +85,7 @@ class MicroAdam(Optimizer):
         density: float = 0.1,
         block_size: int = 4096,
         bucket_size: int = 64,
-        ef_bits: int = 4,
+        ef_bits: float = 4,
         packed_window: bool = False,
         correction: str = "window",
         rounding: str = "auto",
@@ -172,7 +172,7 @@ class MicroAdam(Optimizer):
         """Raise if a parameter cannot be trained with these settings."""
         if param.dtype not in PARAM_DTYPES:
             raise ConfigError(f"parameter {name!r} is {param.dtype}; MicroAdam trains fp32, bf16, fp16.")
-        self._backend.check(config, param.device)
+        self._backend.check(param.device)
 
     def state_bytes(self) -> StateBytes:
         """State this rank holds now, as allocated (step counters not counted)."""

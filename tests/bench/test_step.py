@@ -147,6 +147,7 @@ def test_sizes() -> None:
     assert (config.window_size, config.density, config.weight_decay) == (10, 0.005, 0.1)
     assert not config.packed_window
     assert parse_setting("10/1%/packed", weight_decay=0.0).packed_window
+    assert [parse_setting(f"1/10%{bits}", weight_decay=0.0).ef_bits for bits in ("", "/ef0", "/ef1.6")] == [4, 0, 1.6]
     nearest = parse_setting("10/1%/packed/nearest", weight_decay=0.0)
     assert nearest.packed_window and nearest.rounding == "nearest"
     assert parse_setting("1/10%/stochastic", weight_decay=0.0).rounding == "stochastic"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from microadam_dist.checkpoint.reshard import SourceShard
-from microadam_dist.layout import WINDOW_TENSORS
+from microadam_dist.layout import ERROR_TENSORS, WINDOW_TENSORS
 
 
 def blocks(shards: list[SourceShard]) -> dict[tuple[str, int, int], dict[str, Tensor]]:
@@ -22,8 +22,7 @@ def blocks(shards: list[SourceShard]) -> dict[tuple[str, int, int], dict[str, Te
                     slots = shard.layout.config.window_size
                     for name, extent, width in (
                         ("codes", run.codes, 1),
-                        ("bucket_lo", run.buckets, 1),
-                        ("bucket_hi", run.buckets, 1),
+                        *((name, run.buckets, 1) for name in ERROR_TENSORS[1:]),
                         *((name, getattr(run, name), slots) for name in WINDOW_TENSORS),
                     ):
                         if name in shard.state:

@@ -84,11 +84,9 @@ class Expected:
         s, num_kept = self.structure, self.structure.num_kept(len(block.places))
         stored = {"weights": torch.from_numpy(self.weights[block.places]).to(self.dtype)}
         if s.ef_bits:
-            stored |= {
-                "codes": _pack(block.codes, s.ef_bits),
-                "bucket_lo": _bf16(block.lo),
-                "bucket_hi": _bf16(block.hi),
-            }
+            stored["codes"] = _pack([code for bucket in block.buckets for code in bucket.codes], s.ef_bits)
+            for name in block.buckets[0].stored:
+                stored[name] = _bf16([bucket.stored[name] for bucket in block.buckets])
         if s.window_size == 1:
             return stored
         nothing = [(0, np.float32(0))] * num_kept

@@ -22,7 +22,7 @@ _OTHER_SETTINGS: dict[str, list[Any]] = {
     "window_size": [1, 2, 4],
     "block_size": [64, 128, 512],
     "bucket_size": [32, 128],
-    "ef_bits": [0, 2, 8],
+    "ef_bits": [0, 1.6, 2, 8],
     "packed_window": [True, False],
 }
 

@@ -20,7 +20,7 @@ from microadam_dist.backends.base import TensorStep
 from microadam_dist.backends.reference import ReferenceBackend
 from microadam_dist.checkpoint.reshard import Resharder, SourceShard
 from microadam_dist.engines.cuts import zero12_shard
-from microadam_dist.layout import WINDOW_TENSORS, ShardSpan, StateLayout
+from microadam_dist.layout import ERROR_TENSORS, WINDOW_TENSORS, ShardSpan, StateLayout
 
 from .blocks import assert_same, blocks, dense
 
@@ -80,10 +80,11 @@ def reshard(sources: list[SourceShard], layouts: list[StateLayout]) -> list[Sour
 
 
 PACKED = replace(CONFIG, packed_window=True)
+TERNARY = replace(CONFIG, ef_bits=1.6, block_size=1024)
 NO_WINDOW, NO_ERROR_FEEDBACK = MicroAdamConfig(window_size=1, density=0.1), MicroAdamConfig(ef_bits=0)
 
 
-@pytest.mark.parametrize("config", [CONFIG, PACKED, NO_WINDOW, NO_ERROR_FEEDBACK])
+@pytest.mark.parametrize("config", [CONFIG, PACKED, NO_WINDOW, NO_ERROR_FEEDBACK, TERNARY, replace(TERNARY, ef_bits=1)])
 @pytest.mark.parametrize("before, after", [(1, 4), (4, 1), (2, 3), (3, 4), (4, 4)])
 def test_rows_reshard_to_what_training_there_gives(before: int, after: int, config: MicroAdamConfig) -> None:
     got = reshard(train(row_layouts(before, config)), row_layouts(after, config))
@@ -134,7 +135,7 @@ def test_a_cut_block_keeps_its_error_and_its_largest_entries(config: MicroAdamCo
         parts = []
         for block in (block for key, block in sorted(blocks([shard]).items()) if 256 <= key[1] < 512):
             numel = len(block["weights"])
-            stored = StoredError(*(block[name][None] for name in ("codes", "bucket_lo", "bucket_hi")))
+            stored = StoredError.of({name: block[name][None] for name in ERROR_TENSORS if name in block})
             parts.append(decode_error(stored, numel, bits=config.ef_bits, bucket_size=config.bucket_size)[0])
         return torch.cat(parts)
 

@@ -68,9 +68,9 @@ def test_resume_is_bit_exact(dtype: torch.dtype, window_size: int, packed_window
     assert steps_of(again) == [27] * len(SHAPES)
 
 
-@pytest.mark.parametrize("ef_bits", [0, 2, 8])
+@pytest.mark.parametrize("ef_bits", [0, 1, 1.6, 2, 8])
 @pytest.mark.parametrize("window_size", [1, 4])
-def test_resume_with_other_error_feedback(ef_bits: int, window_size: int) -> None:
+def test_resume_with_other_error_feedback(ef_bits: float, window_size: int) -> None:
     overrides = {"ef_bits": ef_bits, "window_size": window_size, "bucket_size": 10, "block_size": 64, "density": 0.05}
     optimizer = make_optimizer(**overrides)
     train(optimizer, range(5))

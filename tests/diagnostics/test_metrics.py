@@ -27,11 +27,9 @@ SHAPES = [(40, 136), (32, 16, 3, 3), (9, 1000), (136,), (4, 8)]  # three on the 
 
 
 def decoded(oracle: ScalarMicroAdam, block: Block) -> list[float]:
-    levels, size = 2**oracle.s.ef_bits - 1, oracle.s.bucket_size
-    if not levels:
-        return [0.0] * len(block.codes)
-    ranges = [(float(block.lo[i // size]), float(block.hi[i // size])) for i in range(len(block.codes))]
-    return [lo + code * (hi - lo) / levels for code, (lo, hi) in zip(block.codes, ranges, strict=True)]
+    if not oracle.s.ef_bits:
+        return [0.0] * len(block.places)
+    return [float(bucket.lo) + code * float(bucket.step) for bucket in block.buckets for code in bucket.codes]
 
 
 def expected_metrics(oracle: ScalarMicroAdam, param: Tensor, grad: Tensor, step: int) -> dict[str, float]:
@@ -80,7 +78,8 @@ def expected_metrics(oracle: ScalarMicroAdam, param: Tensor, grad: Tensor, step:
         {},
         {"window_size": 1, "density": 0.1},
         {"ef_bits": 0},
-        {"ef_bits": 2, "window_size": 3},
+        {"ef_bits": 1.6, "window_size": 3},
+        {"ef_bits": 1},
         {"packed_window": True},
         {"lr": 1e-5, "dtype": torch.bfloat16, "seed": 3},
         {"lr": 1e-3, "dtype": torch.bfloat16, "rounding": "nearest", "weight_decay": 1.0},

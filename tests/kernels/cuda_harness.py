@@ -98,7 +98,7 @@ class HarnessBackend:
     def __init__(self, reverse: bool = False, cramped: bool = False, sources: Path = SOURCES) -> None:
         self._reverse, self._cramped, self._sources = reverse, cramped, sources
 
-    def check(self, config: MicroAdamConfig, device: torch.device) -> None:
+    def check(self, device: torch.device) -> None:
         pass
 
     def step(self, tensors: Sequence[TensorStep], config: MicroAdamConfig, grad_scale: float) -> int:

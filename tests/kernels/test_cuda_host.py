@@ -57,7 +57,7 @@ class _Driver:
 
 
 class _HostBackend(CudaBackend):
-    def check(self, config: MicroAdamConfig, device: torch.device) -> None:
+    def check(self, device: torch.device) -> None:
         """Tensors in host memory are welcome."""
 
 

@@ -47,7 +47,7 @@ BAD_VALUES: dict[str, tuple[str, list[Any]]] = {
     "correction": ("'window', 'steps'", [None, "", "t", "Window", True, 1, ["steps"], np.ones(2)]),
     "rounding": ("'auto', 'nearest', 'stochastic'", [None, "", "up", "Nearest", True, 0, ["nearest"], np.ones(2)]),
     "seed": (r"an integer in 0\.\.2\*\*32 - 1", [*BAD_INTEGERS, -1, 2**32]),
-    "ef_bits": (r"one of \(0, 2, 4, 8\)", [*BAD_INTEGERS, 1, 3, 16, -4]),
+    "ef_bits": (r"one of \(0, 1, 1\.6, 2, 4, 8\)", [None, "4", True, 1.5, 3, 16, -4]),
     "betas": (
         r"two numbers in \[0, 1\)",
         [

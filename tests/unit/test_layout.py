@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from microadam_dist import MicroAdam
 from microadam_dist.arithmetic.blocks import block_views
 from microadam_dist.arithmetic.state import allocate_state, state_specs
-from microadam_dist.config import MicroAdamConfig
+from microadam_dist.config import SUPPORTED_EF_BITS, MicroAdamConfig
 from microadam_dist.errors import UnsupportedLayoutError
 from microadam_dist.layout import DTYPE_BYTES, BlockGrid, BlockRun, Extent, ShardSpan, StateLayout, StateSize
 
@@ -99,6 +99,13 @@ def test_span_outside_its_parameter(start: int, numel: int, offset: int) -> None
 # ---------------------------------------------------------------- sizes
 
 
+def _code_bytes(numel: int, ef_bits: float) -> int:
+    """Of three levels: five codes in a byte, for each 512 elements a multiple of eight bytes."""
+    if ef_bits != 1.6:
+        return math.ceil(numel * ef_bits / 8)
+    return numel // 512 * 104 + math.ceil(numel % 512 / 40) * 8
+
+
 @pytest.mark.parametrize(
     ("settings_", "bytes_per_param"),
     [
@@ -109,6 +116,9 @@ def test_span_outside_its_parameter(start: int, numel: int, offset: int) -> None
         ({"density": 0.05, "window_size": 2, "packed_window": True}, 0.5625 + 2 * (308 + 205 + 2) / 4096),
         ({"packed_window": True}, 0.5625 + 10 * (62 + 41 + 2) / 4096),
         ({"ef_bits": 8}, 1 + 0.0625 + 40 * 41 / 4096),
+        ({"ef_bits": 2, "window_size": 1}, 0.25 + 0.03125),
+        ({"ef_bits": 1.6, "window_size": 1}, 832 / 4096 + 0.03125),
+        ({"ef_bits": 1, "window_size": 1}, 0.125 + 0.03125),
         ({"ef_bits": 0}, 40 * 41 / 4096),
         ({"ef_bits": 0, "window_size": 1}, 0.0),
     ],
@@ -223,7 +233,7 @@ any_settings = st.fixed_dictionaries(
         "density": st.sampled_from([1e-4, 0.01, 0.05, 0.3, 1.0]),
         "block_size": st.integers(8, 4096).map(lambda eighth: 8 * eighth),
         "bucket_size": st.sampled_from([2, 6, 64, 100, 256, 70000]),
-        "ef_bits": st.sampled_from([0, 2, 4, 8]),
+        "ef_bits": st.sampled_from(SUPPORTED_EF_BITS),
     }
 )
 packed_settings = st.fixed_dictionaries(
@@ -338,7 +348,7 @@ def test_state_follows_the_blocks_without_gap_or_overlap(spans: tuple[ShardSpan,
             assert start == position
             position += size
     for block in blocks:
-        assert block.codes[1] == -(-block.numel * config.ef_bits // 8)
+        assert block.codes[1] == _code_bytes(block.numel, config.ef_bits)
         assert block.buckets[1] == (-(-block.numel // config.bucket_size) if config.ef_bits else 0)
         assert block.num_kept == config.num_kept(block.numel)
         k, has_window = block.num_kept, config.window_size > 1
@@ -403,6 +413,7 @@ def test_state_slices_are_those_of_the_blocks_between_the_ends(
             "codes": slice(*at["codes"]),
             "bucket_lo": slice(*at["buckets"]),
             "bucket_hi": slice(*at["buckets"]),
+            "bucket_scale": slice(*at["buckets"]),
             **window,
         }
         to_global = span.start - span.offset
@@ -434,9 +445,9 @@ def numels(layout: StateLayout) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("window_size", [1, 4])
-@pytest.mark.parametrize("ef_bits", [0, 2, 4, 8])
+@pytest.mark.parametrize("ef_bits", SUPPORTED_EF_BITS)
 @pytest.mark.parametrize("shape", [(40, 301), (3, 5000), (16, 32, 3, 3), (61,), (50, 5)])
-def test_whole_rows_have_a_row_of_state_each(shape: tuple[int, ...], ef_bits: int, window_size: int) -> None:
+def test_whole_rows_have_a_row_of_state_each(shape: tuple[int, ...], ef_bits: float, window_size: int) -> None:
     overrides = {"ef_bits": ef_bits, "window_size": window_size, "block_size": 256, "density": 0.05}
     overrides["packed_window"] = ef_bits == 4 and window_size > 1
     row_numel = torch.Size(shape[1:]).numel()
