@@ -27,7 +27,7 @@ from rich.markup import escape
 from training import resume
 from training.environment import prepare_environment, quiet_libraries
 from training.errors import OneLineErrors, UserError, fail
-from training.model import has_liger, load_model
+from training.model import checkpointing_settings, has_liger, load_model
 from training.options import Dtype, OptimizerName, Options, Override, resolve
 from training.sources import hub_names
 
@@ -135,6 +135,7 @@ def training_arguments(options: Options, ds_config: dict[str, Any] | None, use_c
         bf16=options.dtype is Dtype.bf16,
         fp16=options.dtype is Dtype.fp16,
         gradient_checkpointing=options.gradient_checkpointing,
+        gradient_checkpointing_kwargs=checkpointing_settings(options) if options.gradient_checkpointing else None,
         use_liger_kernel=has_liger(options),
         seed=options.seed,
         eval_on_start=True,

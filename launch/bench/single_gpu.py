@@ -36,8 +36,8 @@ from microadam_dist.planner import memory  # noqa: E402
 from microadam_dist.planner.shapes import read_shape  # noqa: E402
 from training.callbacks import OptimizerClock, release_timed  # noqa: E402
 from training.errors import UserError  # noqa: E402
-from training.model import LOSS_CHUNK, has_liger, load_model  # noqa: E402
-from training.options import Options, fraction, resolve  # noqa: E402
+from training.model import checkpointing_settings, default_loss_chunk, has_liger, load_model  # noqa: E402
+from training.options import Options, bits, fraction, resolve  # noqa: E402
 from training.packing import byte_tokenizer  # noqa: E402
 from training.summary import versions  # noqa: E402
 
@@ -68,7 +68,11 @@ class Run:
         torch.manual_seed(options.seed)
         self.model = load_model(options, byte_tokenizer(), self.device).train()
         self.model.config.use_cache = False
-        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpointing = checkpointing_settings(options)
+        if checkpointing.pop("offload", False):
+            self.model.activation_checkpointing_enable(checkpointing, offload=True)
+        else:
+            self.model.gradient_checkpointing_enable(checkpointing)
         if has_liger(options):
             from transformers.integrations.liger import apply_liger_kernel
 
@@ -168,6 +172,7 @@ def measure(options: Options, choice: Choice, config: MicroAdamConfig, batch: in
     run.synchronize()
     seconds, optimizer_seconds = time.perf_counter() - start, run.clock.seconds() - before
     tokens, peak = steps * batch * options.seq_len, run.peak_bytes()
+    chunk = default_loss_chunk(run.model.config.vocab_size)
     job = memory.Job(
         dtype=memory.Dtype.pure_bf16,
         batch=batch,
@@ -175,14 +180,16 @@ def measure(options: Options, choice: Choice, config: MicroAdamConfig, batch: in
         config=config,
         gradient_release=True,
         activation_checkpointing=True,
-        loss_chunk=LOSS_CHUNK,
+        offload_activations=options.offload_activations,
+        loss_chunk=chunk,
     )
     plan = memory.make_plan(read_shape(options.model_config), job)[PLANNED[choice]]
     return {
         "num_params": sum(param.numel() for param in run.model.parameters()),
-        "loss": "liger" if has_liger(options) else f"chunks of {LOSS_CHUNK}",
+        "loss": "liger" if has_liger(options) else f"chunks of {chunk}",
         "peak_bytes": peak,
         "planned_peak_bytes": plan.total,
+        "planned_host_bytes": plan.host,
         "weight_bytes": sum(param.nbytes for param in run.model.parameters()),
         "planned_weight_bytes": plan.weights,
         "optimizer_bytes": run.state_bytes(),
@@ -215,6 +222,12 @@ def main(
         float, typer.Option(parser=fraction, metavar="FRACTION", help="Of MicroAdam: 0.01 or 1%.")
     ] = MicroAdamConfig.density,
     packed_window: Annotated[bool, typer.Option("--packed-window", help="Of MicroAdam.")] = False,
+    ef_bits: Annotated[
+        float, typer.Option(parser=bits, metavar="BITS", help="Of MicroAdam: 0, 1, 1.6, 2, 4 or 8.")
+    ] = MicroAdamConfig.ef_bits,
+    offload_activations: Annotated[
+        bool, typer.Option("--offload-activations", help="What recomputation starts from waits in host memory.")
+    ] = False,
     steps: Annotated[int, typer.Option(min=1, help="Timed steps, after those that fill the window.")] = 50,
     seq: Annotated[int, typer.Option(min=2, help="Tokens of a sequence.")] = 2048,
     batch: Annotated[int, typer.Option(min=1, help="Sequences of a step.")] = 1,
@@ -225,9 +238,17 @@ def main(
     console = Console(stderr=True)
     try:
         options, _ = resolve(
-            Options(model_config=path, tokenizer="bytes", data=[], output=Path(), seq_len=seq, single_gpu=True)
+            Options(
+                model_config=path,
+                tokenizer="bytes",
+                data=[],
+                output=Path(),
+                seq_len=seq,
+                single_gpu=True,
+                offload_activations=offload_activations,
+            )
         )
-        config = MicroAdamConfig(window_size=window_size, density=density, packed_window=packed_window)
+        config = MicroAdamConfig(window_size=window_size, density=density, packed_window=packed_window, ef_bits=ef_bits)
         found = measure(options, optimizer, config, batch, steps)
     except (UserError, MicroAdamError) as error:
         console.print(f"[bold red]Error:[/] {error}")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # imported where they are used: torch and transformers take s
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-LOSS_CHUNK = 512  # of a 7B Llama, so that recomputing one of its layers takes more memory than the logits
+CHUNK_LOGITS = 2**24  # at a time: with their gradient 0.22 GiB, less than recomputing a layer of a 7B Llama takes
 MAX_REASON = 300  # characters: transformers lists all kinds of models that it knows
 SHARD_SIZE = "2GB"  # of a file of the weights
 
@@ -57,8 +57,29 @@ def load_model(options: Options, tokenizer: PreTrainedTokenizerBase, device: tor
     elif options.loss_chunk or options.single_gpu:
         from .chunked_loss import use_chunked_loss
 
-        use_chunked_loss(model, options.loss_chunk or LOSS_CHUNK)
+        use_chunked_loss(model, options.loss_chunk or default_loss_chunk(model.config.vocab_size))
     return model
+
+
+def checkpointing_settings(options: Options) -> dict[str, bool]:
+    """What Trainer takes as ``gradient_checkpointing_kwargs``.
+
+    Raises:
+        UserError: This transformers cannot move activations to host memory.
+    """
+    import torch
+    from transformers import PreTrainedModel
+
+    if options.offload_activations and not hasattr(PreTrainedModel, "activation_checkpointing_enable"):
+        raise UserError("--offload-activations needs a newer transformers: pip install 'transformers>=5.23,<6'")
+    # On a CPU they are in host memory already, and transformers would ask for pinned memory.
+    offload = options.offload_activations and torch.cuda.is_available()
+    return {"use_reentrant": False} | ({"offload": True} if offload else {})
+
+
+def default_loss_chunk(vocab_size: int) -> int:
+    """Tokens whose logits exist at a time under --single-gpu: 524 of Llama 2, 130 of Llama 3."""
+    return max(1, CHUNK_LOGITS // vocab_size)
 
 
 def has_liger(options: Options) -> bool:

@@ -174,12 +174,19 @@ class Options:
         ),
     ] = None
     gradient_checkpointing: Annotated[bool, _run("--gradient-checkpointing", help="Recompute activations.")] = False
+    offload_activations: Annotated[
+        bool,
+        _run(
+            "--offload-activations", help="With --gradient-checkpointing: what it keeps of a layer is in host memory."
+        ),
+    ] = False
     single_gpu: Annotated[
         bool,
         _run(
             "--single-gpu",
             help="The least memory on one GPU: --dtype pure-bf16 --gradient-release --gradient-checkpointing, the "
-            "model made or loaded on the GPU, Liger-Kernel where it is installed, else --loss-chunk 512.",
+            "model made or loaded on the GPU, Liger-Kernel where it is installed, else a --loss-chunk of 16 million "
+            "logits.",
         ),
     ] = False
     gradient_release: Annotated[
@@ -281,6 +288,8 @@ def _resolve_one_process(options: Options) -> Options:
         options = dataclasses.replace(
             options, dtype=Dtype.pure_bf16, gradient_release=True, gradient_checkpointing=True
         )
+    if options.offload_activations and not options.gradient_checkpointing:
+        raise UserError("--offload-activations moves what --gradient-checkpointing keeps: add that")
     names = [name for name in ("single_gpu", "gradient_release", "loss_chunk") if getattr(options, name)]
     if not names:
         return options

@@ -59,6 +59,9 @@ def plan(
     packed_window: Annotated[bool, Option("--packed-window", help="MicroAdam: window in 12 + 8 bits.")] = False,
     gradient_release: Annotated[bool, Option(help="Update weights in the backward pass (single, fsdp2).")] = False,
     activation_checkpointing: Annotated[bool, Option(help="Recompute every decoder layer.")] = False,
+    offload_activations: Annotated[
+        bool, Option("--offload-activations", help="What recomputation starts from waits in host memory.")
+    ] = False,
     offload_optimizer: Annotated[bool, Option("--offload-optimizer", help="ZeRO-1, 2, 3: to host memory.")] = False,
     master_free: Annotated[bool, Option("--master-free", help="ZeRO-1, 2, 3: a bf16 copy of the weights.")] = False,
     loss_chunk: Annotated[
@@ -80,6 +83,7 @@ def plan(
         config=config,
         gradient_release=gradient_release,
         activation_checkpointing=activation_checkpointing,
+        offload_activations=offload_activations,
         offload_optimizer=offload_optimizer,
         master_free=master_free,
         loss_chunk=loss_chunk,
@@ -130,7 +134,7 @@ def _cached_config(hub_id: str) -> Path:
 
 
 def _title(name: str, job: Job) -> str:
-    flags = ("gradient_release", "activation_checkpointing", "offload_optimizer", "master_free")
+    flags = ("gradient_release", "activation_checkpointing", "offload_activations", "offload_optimizer", "master_free")
     parts = [
         f"{name}, {job.gpus} x {job.engine.value}",
         job.dtype.value,
@@ -164,7 +168,7 @@ def make_table(name: str, shape: LlamaShape, job: Job, plans: Mapping[Optimizer,
                 add(f"  {label}", attribute)
     table.add_section()
     add("peak", "total", style="bold")
-    if job.offload_optimizer:
+    if any(plan.host for plan in plans.values()):
         add("in host memory", "host")
     table.add_row("smallest GPU", *(_gpu_name(plan) for plan in plans.values()))
     return table

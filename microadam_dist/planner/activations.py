@@ -19,7 +19,8 @@ c bytes of an element in matrix products, r in the residual stream (4 with autoc
                             cross entropy       3 * 4 V               log-softmax and two gradients, in fp32
 
 The backward pass of a layer needs c (2 i + h) more for the gradients of its widest activations.
-With checkpointing a layer keeps r h, its input, and one layer at a time is recomputed.
+With checkpointing a layer keeps r h, its input, and one layer at a time is recomputed; offloaded, one input is on the
+device, the others in host memory.
 """
 
 from __future__ import annotations
@@ -38,15 +39,17 @@ class Activations:
         logits: Logits, loss and their gradients, at the beginning of the backward pass.
         working: What the backward pass of one layer (recomputed, with checkpointing) needs beyond the bytes of the head
             and the loss, which are free by then except the logits.
+        host: In host memory.
     """
 
     saved: int
     logits: int
     working: int
+    host: int = 0
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """All that is on the device."""
         return self.saved + self.logits + self.working
 
 
@@ -58,6 +61,7 @@ def activations(
     compute_bytes: int,
     autocast: bool,
     checkpointing: bool,
+    offload: bool = False,
     loss_chunk: int | None = None,
 ) -> Activations:
     """What one micro-batch takes.
@@ -69,6 +73,7 @@ def activations(
         compute_bytes: Bytes of an element in matrix products.
         autocast: Weights and residual stream are fp32, matrix products are not.
         checkpointing: Every layer is recomputed in the backward pass.
+        offload: With checkpointing, the inputs of layers wait for that in host memory.
         loss_chunk: Tokens whose logits exist at a time (chunked cross entropy); all of them by default.
     """
     tokens, c, h = batch * seq, compute_bytes, shape.hidden
@@ -80,7 +85,8 @@ def activations(
     rotary = 2 * r * shape.head_dim * seq
     head = tokens * (norm + c * h)
     kept = r * h if checkpointing else layer
-    saved = tokens * shape.num_layers * kept + head + rotary
+    layers_kept = 1 if offload else shape.num_layers
+    saved = tokens * layers_kept * kept + head + rotary
 
     logit_tokens = min(loss_chunk or tokens, tokens)
     held = 0 if loss_chunk else tokens * c * shape.vocab
@@ -89,4 +95,5 @@ def activations(
     backward = tokens * c * (2 * shape.intermediate + h)
     if checkpointing:
         backward += tokens * (layer - (r * h if r == 4 else 0))  # an fp32 input is kept already
-    return Activations(saved, logits, working=max(0, held + backward - head - logits))
+    host = tokens * shape.num_layers * kept if offload else 0
+    return Activations(saved, logits, working=max(0, held + backward - head - logits), host=host)

@@ -64,6 +64,7 @@ class Job:
         config: Settings of MicroAdam.
         gradient_release: Weights are updated in the backward pass, each gradient is freed at once.
         activation_checkpointing: Every decoder layer is recomputed in the backward pass.
+        offload_activations: With it, the inputs of layers wait in host memory.
         offload_optimizer: ZeRO keeps master weights, their gradients and optimizer state in host memory.
         master_free: ZeRO steps a bf16 copy of the weights instead of an fp32 one.
         loss_chunk: Tokens whose logits exist at a time; all by default.
@@ -80,6 +81,7 @@ class Job:
     config: MicroAdamConfig = MicroAdamConfig()
     gradient_release: bool = False
     activation_checkpointing: bool = False
+    offload_activations: bool = False
     offload_optimizer: bool = False
     master_free: bool = False
     loss_chunk: int | None = None
@@ -95,6 +97,10 @@ class Job:
             raise ConfigError(
                 f"--gradient-release with --engine {self.engine.value}: gradients are reduced after they are "
                 "accumulated, so they cannot be released; it works with single and fsdp2."
+            )
+        if self.offload_activations and not self.activation_checkpointing:
+            raise ConfigError(
+                "--offload-activations moves what activation checkpointing keeps; add --activation-checkpointing."
             )
         if self.offload_optimizer and (self.master_free or not self.engine.shards_optimizer):
             raise ConfigError(
@@ -175,6 +181,7 @@ def make_plan(shape: LlamaShape, job: Job) -> dict[Optimizer, Plan]:
         compute_bytes=precision.compute,
         autocast=job.has_autocast,
         checkpointing=job.activation_checkpointing,
+        offload=job.offload_activations,
         loss_chunk=job.loss_chunk,
     )
     weights = precision.weight * ranks[0].weight_numel
@@ -195,7 +202,7 @@ def make_plan(shape: LlamaShape, job: Job) -> dict[Optimizer, Plan]:
             buffers=buffer_bytes(units, job),
             step_gradients=step_gradients,
             step_buffers=step_buffers,
-            host=offloaded + state if job.offload_optimizer else 0,
+            host=kept.host + (offloaded + state if job.offload_optimizer else 0),
         )
     return plans
 

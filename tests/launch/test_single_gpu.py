@@ -240,6 +240,14 @@ def test_one_process(
         resolved(text, **flag)
 
 
+def test_offloading_without_checkpoints_of_activations(text: Path) -> None:
+    from training.errors import UserError
+
+    with pytest.raises(UserError, match="add that"):
+        resolved(text, offload_activations=True)
+    assert resolved(text, offload_activations=True, single_gpu=True).gradient_checkpointing
+
+
 def test_loss_chunk_without_autocast(text: Path) -> None:
     from training.errors import UserError
 
@@ -257,12 +265,12 @@ def test_what_the_preset_stands_for(text: Path) -> None:
 # ------------------------------------------------------------------ measuring script
 
 
-def _measure(optimizer: str, model: str, seq: int, json_file: Path) -> dict[str, Any]:
+def _measure(optimizer: str, model: str, seq: int, json_file: Path, **settings: Any) -> dict[str, Any]:
     sys.path.insert(0, str(LAUNCH / "bench"))
     import single_gpu
 
-    chosen = single_gpu.Choice(optimizer)
-    single_gpu.main(model, chosen, window_size=2, density=0.05, steps=2, seq=seq, batch=1, json_file=json_file)
+    chosen, settings = single_gpu.Choice(optimizer), {"window_size": 2, "density": 0.05, **settings}
+    single_gpu.main(model, chosen, steps=2, seq=seq, batch=1, json_file=json_file, **settings)
     return json.loads(json_file.read_text())
 
 
@@ -272,20 +280,33 @@ def assert_as_planned(found: dict[str, Any]) -> None:
         assert found[name] == found[f"planned_{name}"]
 
 
-@pytest.mark.parametrize("optimizer", ["microadam", "adamw"])
-def test_measured_as_planned(optimizer: str, tmp_path: Path, worker: ProcessPoolExecutor) -> None:
+@pytest.mark.parametrize(
+    ("optimizer", "settings"),
+    [
+        ("microadam", {}),
+        *(("microadam", {"ef_bits": bits, "window_size": 1}) for bits in (0, 1, 1.6, 2, 8)),
+        ("microadam", {"offload_activations": True}),
+        ("adamw", {}),
+    ],
+    ids=str,
+)
+def test_measured_as_planned(
+    optimizer: str, settings: dict[str, Any], tmp_path: Path, worker: ProcessPoolExecutor
+) -> None:
     model = tmp_path / "tiny.json"
     model.write_text(json.dumps(TINY_LLAMA))
-    found = worker.submit(_measure, optimizer, str(model), 64, tmp_path / "out.json").result()
+    found = worker.submit(_measure, optimizer, str(model), 64, tmp_path / "out.json", **settings).result()
     assert_as_planned(found)
-    assert found["peak_bytes"] == pytest.approx(found["planned_peak_bytes"], rel=0.1)
+    # Here host memory is that of the device.
+    assert found["peak_bytes"] == pytest.approx(found["planned_peak_bytes"] + found["planned_host_bytes"], rel=0.1)
     assert 0 < found["optimizer_share"] < 1
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_on_a_gpu(tmp_path: Path, worker: ProcessPoolExecutor) -> None:
+@pytest.mark.parametrize("settings", [{}, {"ef_bits": 1.6, "offload_activations": True}], ids=str)
+def test_on_a_gpu(settings: dict[str, Any], tmp_path: Path, worker: ProcessPoolExecutor) -> None:
     """The peak includes making the model; Liger-Kernel, where it is installed, has fewer logits than planned."""
-    found = worker.submit(_measure, "microadam", "100m", 512, tmp_path / "out.json").result()
+    found = worker.submit(_measure, "microadam", "100m", 512, tmp_path / "out.json", **settings).result()
     assert_as_planned(found)
     assert found["peak_bytes"] < 1.1 * found["planned_peak_bytes"]
