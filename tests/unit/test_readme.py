@@ -18,7 +18,7 @@ def memory_table(what: str) -> str:
 def test_memory_tables_are_the_computed_ones(what: str) -> None:
     table = memory_table(what)
     readme = (ROOT / "README.md").read_text()
-    wanted = f"<!-- {what}: begin -->\n{table}<!-- {what}: end -->"
+    wanted = f"<!-- --8<-- [start:{what}] -->\n{table}<!-- --8<-- [end:{what}] -->"
     assert wanted in readme, f"run python launch/bench/memory_table.py {what} and paste its output:\n{table}"
 
 
