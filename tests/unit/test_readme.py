@@ -1,6 +1,7 @@
 """What README, pages and messages state and can be computed or looked up."""
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -46,3 +47,18 @@ def test_tested_versions_are_those_of_the_constraints() -> None:
         "tools": rf"\| Lightning, TRL, PEFT \| {pinned['lightning']}, {pinned['trl']}, {pinned['peft']} \|",
     }
     assert [name for name, pattern in stated.items() if not re.search(pattern, page)] == []
+
+
+def test_long_description_has_no_links_into_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)  # where a build runs
+    text = runpy.run_path(".ci/long_description.py")["dynamic_metadata"]("readme", {})["text"]
+    assert set(re.findall(r"\]\((\w+:)?", text)) == {"https:"}
+    assert memory_table("state") in text and "--8<--" not in text
+
+
+def test_links_of_the_readme_lead_somewhere() -> None:
+    """Those of the pages are checked where the site is built."""
+    for path, anchor in re.findall(r"\]\((?!\w+:)([^)#]+)(?:#([^)]*))?\)", (ROOT / "README.md").read_text()):
+        assert (ROOT / path).is_file(), path
+        headings = re.findall(r"^#+ (.*)$", (ROOT / path).read_text(), re.MULTILINE)
+        assert not anchor or anchor in [heading.lower().replace(" ", "-") for heading in headings], anchor
