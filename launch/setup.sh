@@ -41,5 +41,5 @@ torch=$(grep '^torch==' "$constraints")
 echo "setup: installing $torch"
 install "$torch"
 echo "setup: installing microadam-dist and its tools (1 to 3 minutes)"
-DS_BUILD_OPS=0 install -c "$constraints" -e ".[deepspeed,hf,cli,dev]"
+DS_BUILD_OPS=0 install -c "$constraints" -e ".[deepspeed,hf,cli,docs,dev]"
 cat pyproject.toml CMakeLists.txt "$constraints" launch/setup.sh | cksum >"$stamp"

@@ -13,7 +13,7 @@ from .optimizer import MicroAdam, StateBytes
 from .optimizer.gradient_release import GradientRelease, release_gradients
 from .optimizer.sharded_files import load_sharded, save_sharded
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BackendUnavailableError",

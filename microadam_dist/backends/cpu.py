@@ -30,6 +30,9 @@ from .tensors import Addresses, pack_rows, readable_grads
 
 ABI_VERSION = 8
 LIBRARY_NAME = "libmicroadam_cpu.so"
+_BUILD_AGAIN = (
+    "In a checkout `pip install --no-deps --force-reinstall .` builds it where there is a compiler; a wheel has it."
+)
 ISAS = {"portable": 0, "avx2": 1, "avx512": 2}  # slowest first
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -213,20 +216,17 @@ def load_library() -> ctypes.CDLL:
     if path is None:
         raise BackendUnavailableError(
             f'backend="cpu": {LIBRARY_NAME} is not installed. It is built when the package is installed on Linux or '
-            "macOS and there is a C++ compiler (GCC or Clang). Install one, then `pip install --force-reinstall "
-            '--no-cache-dir microadam-dist`, in a checkout `pip install -e .`; or use backend="reference".'
+            f'macOS and there is a C++ compiler (GCC or Clang). {_BUILD_AGAIN} Or use backend="reference".'
         )
     try:
         library = ctypes.CDLL(str(path))
         version = library.microadam_cpu_abi_version()
     except (OSError, AttributeError) as error:
-        raise BackendUnavailableError(
-            f'backend="cpu": cannot load {path}: {error}. Reinstall microadam-dist.'
-        ) from error
+        raise BackendUnavailableError(f'backend="cpu": cannot load {path}: {error}. {_BUILD_AGAIN}') from error
     if version != ABI_VERSION:
         raise BackendUnavailableError(
             f'backend="cpu": {path} has interface {version}, expected {ABI_VERSION}: it was built from another version '
-            "of the sources. Reinstall microadam-dist."
+            f"of the sources. {_BUILD_AGAIN}"
         )
     library.microadam_cpu_threading.restype = c_char_p
     library.microadam_cpu_step.restype = c_int64

@@ -79,7 +79,7 @@ def step(
     if not (workloads and dtypes and configs):
         raise ConfigError("there is nothing to measure: --numel, --dtype and --settings each need a value.")
     if plot_file and find_spec("matplotlib") is None:
-        raise ConfigError("--plot needs matplotlib: pip install 'microadam-dist[bench]'.")
+        raise ConfigError("--plot needs matplotlib: pip install matplotlib.")
     require_writable(json_file, plot_file)
     only = tuple(_list(contenders))
     comparison = Comparison(

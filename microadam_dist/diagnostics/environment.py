@@ -9,7 +9,7 @@ import torch
 
 from ..backends.cpu import CpuBackend
 from ..backends.cuda import CudaBackend
-from ..backends.select import AutoBackend
+from ..backends.select import SLOWER, AutoBackend
 from ..errors import BackendUnavailableError
 
 _PACKAGES = ("microadam-dist", "torch", "cuda-core", "deepspeed", "transformers", "accelerate")
@@ -33,7 +33,7 @@ def backends() -> dict[str, str]:
         cpu = CpuBackend()
         found["cpu"] = f"available: {cpu.isa}, {cpu.num_threads} threads ({cpu.threading})"
     except BackendUnavailableError as error:
-        found["cpu"] = f"not available: {error}"
+        found["cpu"] = f"not available, steps on the CPU are {SLOWER}: {error}"
     try:
         found["cuda"] = f"available: {CudaBackend().describe()}"
     except BackendUnavailableError as error:

@@ -15,7 +15,7 @@ from . import innermost
 class MetricsCallback(TrainerCallback):
     """Logs ``optimizer.metrics`` under ``microadam/`` in every step that `MicroAdam` has measured.
 
-        trainer = Trainer(..., optimizer_cls_and_kwargs=(MicroAdam, {"metrics_every": 50}))
+        trainer = Trainer(..., optimizer_cls_and_kwargs=(MicroAdam, {"lr": 6e-5, "metrics_every": 50}))
         trainer.add_callback(MetricsCallback(trainer))
 
     With DeepSpeed ``metrics_every`` is one of the optimizer's ``params`` in the JSON. The numbers are in the

@@ -44,8 +44,8 @@ class MicroAdam(Optimizer):
         block_size: Longest Top-K block.
         bucket_size: Elements whose error-feedback codes share one range or scale (``quant_block_size``).
         ef_bits: Bits of one error-feedback code: 0 (off), 1, 1.6 (three levels, five codes in a byte), 2, 4 or 8.
-        packed_window: Store the window in 12-bit indices and 8-bit values: 0.82 instead of 0.96 bytes of state a
-            parameter at window 10, density 0.01. What 8 bits leave stays in the error feedback.
+        packed_window: Store the window in 12-bit indices and 8-bit values: 0.82 instead of 0.96 bytes of state
+            per parameter at window 10, density 0.01. What 8 bits leave stays in the error feedback.
         correction: What the sums over the window are divided by to become moments: ``"window"``, what the slots in it
             weigh, so that a steady coordinate moves by ``lr`` at any time; ``"steps"``, the paper's 1 - beta^t.
         rounding: Of the new weights to their dtype: ``"nearest"``, ``"stochastic"`` (for bf16, where an update of less

@@ -71,7 +71,7 @@ def _save(rank: int, world_size: int, folder: str) -> None:
 
 
 def test_ds_to_universal_fails_and_writes_no_checkpoint(tmp_path: Path) -> None:
-    """DeepSpeed gives no hook in it: the README and the matrix name what to use instead."""
+    """DeepSpeed gives no hook in it: the page on checkpoints and the matrix name what to use instead."""
     from deepspeed.checkpoint import ds_to_universal
 
     run_ranks(_save, 2, str(tmp_path))

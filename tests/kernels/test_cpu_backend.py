@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from microadam_dist import MicroAdam
 from microadam_dist.backends import cpu
 from microadam_dist.backends.base import TensorStep
 from microadam_dist.backends.cpu import CpuBackend
@@ -172,6 +174,7 @@ def test_a_missing_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
         assert isinstance(auto, AutoBackend)
         assert auto.choose(torch.device("cpu")).name == "reference"
         assert "C++ compiler" in auto.unavailable["cpu"]
+        _assert_large_models_are_warned_once(monkeypatch)
         broken = tmp_path / "broken.so"
         broken.write_bytes(b"not a library")
         monkeypatch.setenv("MICROADAM_CPU_LIBRARY", str(broken))
@@ -179,6 +182,21 @@ def test_a_missing_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
             select_backend("cpu")
     finally:
         cpu.load_library.cache_clear()
+
+
+def _assert_large_models_are_warned_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("microadam_dist.backends.select.LARGE_NUMEL", 65 * 64)
+    for num_rows, num_warnings in ((64, 0), (65, 1)):
+        param = torch.nn.Parameter(torch.ones(num_rows, 64))
+        param.grad = torch.ones(num_rows, 64)
+        optimizer = MicroAdam([param])
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.step()
+            optimizer.step()
+        messages = [str(warning.message) for warning in caught if "300 times slower" in str(warning.message)]
+        assert len(messages) == num_warnings
+        assert all("pip install --no-deps" in message for message in messages)
 
 
 def test_backends_can_be_copied_and_pickled() -> None:
