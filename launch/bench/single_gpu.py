@@ -33,10 +33,11 @@ from microadam_dist import MicroAdam, MicroAdamConfig  # noqa: E402
 from microadam_dist.errors import MicroAdamError  # noqa: E402
 from microadam_dist.optimizer.gradient_release import ReleasedGradient  # noqa: E402
 from microadam_dist.planner import memory  # noqa: E402
+from microadam_dist.planner.activations import default_loss_chunk  # noqa: E402
 from microadam_dist.planner.shapes import read_shape  # noqa: E402
 from training.callbacks import OptimizerClock, release_timed  # noqa: E402
 from training.errors import UserError  # noqa: E402
-from training.model import checkpointing_settings, default_loss_chunk, has_liger, load_model  # noqa: E402
+from training.model import checkpointing_settings, has_liger, load_model  # noqa: E402
 from training.options import Options, bits, fraction, resolve  # noqa: E402
 from training.packing import byte_tokenizer  # noqa: E402
 from training.summary import versions  # noqa: E402

@@ -14,7 +14,6 @@ if TYPE_CHECKING:  # imported where they are used: torch and transformers take s
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-CHUNK_LOGITS = 2**24  # at a time: with their gradient 0.22 GiB, less than recomputing a layer of a 7B Llama takes
 MAX_REASON = 300  # characters: transformers lists all kinds of models that it knows
 SHARD_SIZE = "2GB"  # of a file of the weights
 
@@ -55,6 +54,8 @@ def load_model(options: Options, tokenizer: PreTrainedTokenizerBase, device: tor
     if has_liger(options):
         require_liger(model)
     elif options.loss_chunk or options.single_gpu:
+        from microadam_dist.planner.activations import default_loss_chunk
+
         from .chunked_loss import use_chunked_loss
 
         use_chunked_loss(model, options.loss_chunk or default_loss_chunk(model.config.vocab_size))
@@ -75,11 +76,6 @@ def checkpointing_settings(options: Options) -> dict[str, bool]:
     # On a CPU they are in host memory already, and transformers would ask for pinned memory.
     offload = options.offload_activations and torch.cuda.is_available()
     return {"use_reentrant": False} | ({"offload": True} if offload else {})
-
-
-def default_loss_chunk(vocab_size: int) -> int:
-    """Tokens whose logits exist at a time under --single-gpu: 524 of Llama 2, 130 of Llama 3."""
-    return max(1, CHUNK_LOGITS // vocab_size)
 
 
 def has_liger(options: Options) -> bool:

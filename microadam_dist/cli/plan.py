@@ -13,6 +13,7 @@ from typer import Option
 from ..config import MicroAdamConfig
 from ..errors import ConfigError
 from ..planner.engines import Dtype, Engine
+from ..planner.fit import capacity, propose
 from ..planner.gpus import CONTEXT_BYTES, FRAGMENTATION, GIB, GPUS, needed_bytes, smallest_gpu
 from ..planner.memory import Job, Optimizer, Plan, make_plan
 from ..planner.shapes import BUILT_IN_NAMES, LLAMAS, SUPPORTED_MODEL_TYPES, LlamaShape, numel, read_shape
@@ -67,6 +68,10 @@ def plan(
     loss_chunk: Annotated[
         int | None, Option(min=1, help="Chunked cross entropy: tokens whose logits exist at a time.")
     ] = None,
+    fit: Annotated[
+        int | None,
+        Option(min=1, metavar="GB", help="Show the settings that fit a GPU sold with so much memory, and how far."),
+    ] = None,
     json_file: Annotated[
         Path | None, Option("--json", metavar="FILE", help="Write all numbers, in bytes; - is standard output.")
     ] = None,
@@ -89,6 +94,11 @@ def plan(
         loss_chunk=loss_chunk,
     )
     name, shape = find_model(model)
+    if fit is not None:
+        if plot_file:
+            raise ConfigError("--plot draws one plan, not the proposals of --fit; leave one of them out.")
+        show_proposals(name, shape, job, fit, json_file)
+        return
     plans = make_plan(shape, job)
     tables(json_file).print(make_table(name, shape, job, plans))
     if json_file:
@@ -97,6 +107,38 @@ def plan(
         from ..planner.plot import draw
 
         draw(plot_file, _title(name, job), {optimizer.value: _peak(plan) for optimizer, plan in plans.items()})
+
+
+def show_proposals(name: str, shape: LlamaShape, job: Job, fit: int, json_file: Path | None) -> None:
+    """A table of what fits a GPU of ``fit`` GB."""
+    found = propose(shape, job, capacity(fit))
+    title = f"{_title(name, found[0].job)}: what fits a GPU with {fit} GB"
+    table = Table(
+        title=title,
+        caption=f"It has {capacity(fit) / GIB:.2f} GiB. Sizes in GiB; needed are the peak, {FRAGMENTATION:.0%} "
+        f"fragmentation and {CONTEXT_BYTES / GIB} GiB for CUDA. --offload-activations puts them in host memory and costs "
+        "two copies of each layer's input a step; what fewer bits (--ef-bits) cost: "
+        "launch/studies/results/RESULTS.md.",
+    )
+    table.add_column("ef bits", justify="right")
+    table.add_column("activations")
+    for header in ("state", "peak", "needed", f"sequences of {job.seq}", "longest sequence"):
+        table.add_column(header, justify="right")
+    for proposal in found:
+        table.add_row(
+            f"{proposal.job.config.ef_bits:g}",
+            "in host memory" if proposal.job.offload_activations else "on the GPU",
+            *(f"{size / GIB:.2f}" for size in (proposal.state, proposal.peak, proposal.needed)),
+            str(proposal.batch or "-"),
+            str(proposal.seq or "-"),
+            style=None if proposal.batch else "dim",
+        )
+    tables(json_file).print(table)
+    if json_file:
+        proposals = [
+            {**dataclasses.asdict(proposal), "bytes_of_gpu": capacity(fit), "unit": "bytes"} for proposal in found
+        ]
+        write_json(proposals, json_file)
 
 
 def find_model(model: str) -> tuple[str, LlamaShape]:
