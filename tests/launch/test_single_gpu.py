@@ -121,6 +121,7 @@ def _start_worker() -> None:
     torch.set_num_threads(1)
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True, warn_only=True)  # on a GPU, too, runs are compared in every bit
+    torch.utils.deterministic.fill_uninitialized_memory = False  # memory is measured
 
 
 def _train(run: dict[str, Any], shard_size: str = "2GB") -> dict[str, Any]:
