@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -18,11 +19,13 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from microadam_dist.diagnostics.environment import versions
 from studies.config import Run, Study, cell_key, load_study
 from studies.optimizers import why_unavailable
 from studies.runs import (
@@ -53,12 +56,18 @@ def main(
     markdown: Annotated[
         Path | None, typer.Option(help="Also write RESULTS.md, with its figures, to this folder.", show_default=False)
     ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the losses to this file.", show_default=False)
+    ] = None,
 ) -> None:
     """Run what is missing of some studies and write their report."""
     # As Ctrl-C: the workers are ended on the way out.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        run_studies(configs, output, num_workers=0 if report_only else jobs, only=only, quick=quick, markdown=markdown)
+        num_workers = 0 if report_only else jobs
+        run_studies(
+            configs, output, num_workers=num_workers, only=only, quick=quick, markdown=markdown, json_file=json_file
+        )
     except UserError as error:
         console.print(f"[bold red]Error:[/] {error}", highlight=False)
         raise typer.Exit(1) from None
@@ -75,6 +84,7 @@ def run_studies(
     only: str = "*",
     quick: bool = False,
     markdown: Path | None = None,
+    json_file: Path | None = None,
 ) -> None:
     """Run what is missing, unless there are no workers, and write the report.
 
@@ -88,13 +98,38 @@ def run_studies(
             raise UserError(f"--only '{only}' matches none of TASK/OPTIMIZER, such as '{first.task}/{first.optimizer}'")
         for runner in runners:
             runner.run(num_workers, only)
+    reports = [runner.report() for runner in runners]
+    if json_file:
+        json_file.write_text(json.dumps(_losses(reports), indent=1) + "\n", encoding="utf-8")
     from studies.report import write_html, write_markdown  # matplotlib is slow to import
 
-    reports = [runner.report() for runner in runners]
     write_html(output / "report.html", reports)
     console.print(f"Report: {output / 'report.html'}", highlight=False)
     if markdown:
         write_markdown(markdown, reports)
+
+
+def _losses(reports: Sequence[StudyReport]) -> dict[str, Any]:
+    """What the tables show, with every seed, and on what machine it was found."""
+    rows = [(report.name, row) for report in reports for members in report.rows.values() for row in members]
+    fields = (
+        "task",
+        "optimizer",
+        "note",
+        "lr",
+        "rates",
+        "test",
+        "bytes_per_param",
+        "weight_bytes_per_param",
+        "step_ms",
+    )
+    return {
+        "command": shlex.join(["python", "launch/study.py", *sys.argv[1:]]),
+        "devices": sorted({row.first.get("device", "cpu") for _, row in rows if row.first}),
+        "versions": versions(),
+        "num_params": {f"{name}, {row.task}": row.first["num_params"] for name, row in rows if row.first},
+        "rows": [{"study": name, **{field: getattr(row, field) for field in fields}} for name, row in rows],
+    }
 
 
 class StudyRunner:
@@ -127,7 +162,13 @@ class StudyRunner:
         return [cell for cell in self.cells if fnmatch(f"{cell.task}/{cell.optimizer}", only)]
 
     def run(self, num_workers: int, only: str) -> None:
-        """Do every missing run of the cells that match."""
+        """Do every missing run of the cells that match.
+
+        Raises:
+            UserError: It needs a GPU, and there is none.
+        """
+        if self.study.device == "cuda" and not torch.cuda.is_available():
+            raise UserError(f"{self.name}: device: cuda, but torch {torch.__version__} sees no GPU here")
         cells = self.matching(only)
         cells = [cell for cell in cells if next_runs(self.study, cell, without_failures(self.results.of(cell)))]
         if not cells:
@@ -141,10 +182,10 @@ class StudyRunner:
         """Find out which optimizers run here, and make the pre-trained models."""
         tasks = {name: self.study.tasks[name] for name in dict.fromkeys(cell.task for cell in cells)}
         starts = {repr((task.pretrain, task.model, task.seq_len)): task for task in tasks.values() if _pretrains(task)}
-        queue = [Job(None, pretrain, (task, self.output)) for task in starts.values()]
+        queue = [Job(None, pretrain, (task, self.output, self.study.device)) for task in starts.values()]
         for name in dict.fromkeys(cell.optimizer for cell in cells):
             entry = self.study.optimizers[name]
-            queue.append(Job(name, why_unavailable, (entry.type, entry.settings)))
+            queue.append(Job(name, why_unavailable, (entry.type, entry.settings, self.study.device)))
         bar = progress.add_task("checking optimizers, pre-training", total=len(queue))
         while queue or workers.is_busy:
             while queue and workers.num_idle:
@@ -204,8 +245,8 @@ class Schedule:
             waiting = self._waiting()
             for cell, run in waiting[: self.workers.num_idle]:
                 study = self.runner.study
-                arguments = (run, study.tasks[run.task], study.optimizers[run.optimizer], self.runner.output)
-                self.workers.submit(Job((cell, run), train, arguments))
+                settings = study.tasks[run.task], study.optimizers[run.optimizer]
+                self.workers.submit(Job((cell, run), train, (run, *settings, self.runner.output, study.device)))
                 self.under_way.add(run)
             if not self.workers.is_busy:
                 return

@@ -34,6 +34,11 @@ _TIMEOUT_SECONDS = 240
 DEVICE = os.environ.get("MICROADAM_TEST_DEVICE", "cpu")
 
 
+def rank_device() -> torch.device:
+    """Where the tensors of a rank lie; the process that computes what is expected of ranks stays on the CPU."""
+    return torch.device("cuda", 0) if DEVICE == "cuda" and dist.is_initialized() else torch.device("cpu")
+
+
 class RankError(AssertionError):
     """At least one rank failed; the message has the traceback of each."""
 
@@ -130,12 +135,11 @@ def _rank_main(
 
 
 def _share_gpu(rank: int) -> str:
-    """Put this rank on the one GPU, beside the others, and what it makes from now on; returns its backends."""
+    """Put this rank on the one GPU, beside the others; returns its backends."""
     # NCCL refuses two ranks on one GPU of a host, so each is a host of its own.
     os.environ.update(NCCL_HOSTID=f"rank{rank}", NCCL_P2P_DISABLE="1", NCCL_SHM_DISABLE="1", NCCL_IB_DISABLE="1")
     os.environ.update(NCCL_SOCKET_IFNAME="lo", LOCAL_RANK="0")
     torch.cuda.set_device(0)
-    torch.set_default_device("cuda")
     return "cpu:gloo,cuda:nccl"
 
 

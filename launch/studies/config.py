@@ -107,6 +107,7 @@ class Study(_Settings):
             None: the learning rates stay as given.
         baseline: The optimizer that differences are counted from.
         frontier: The bytes that losses are drawn against.
+        device: Where all runs train. On a GPU fp32 matrices are multiplied in TF32.
         quick: What `--quick` changes, merged into all this.
     """
 
@@ -117,6 +118,7 @@ class Study(_Settings):
     lr_factor: float | None = 2.0
     baseline: str = "AdamW"
     frontier: Literal["state", "weights and state"] = "state"
+    device: Literal["cpu", "cuda"] = "cpu"
     tasks: dict[str, Task]
     optimizers: dict[str, OptimizerEntry]
     quick: dict[str, Any] = {}
@@ -175,4 +177,5 @@ def cell_key(study: Study, task: str, optimizer: str, data_sha256: str) -> str:
     """Identifies task, data and optimizer, with all settings that can change a result."""
     settings = study.tasks[task].model_dump(exclude={"seeds", "search_seeds", "optimizers"})
     entry = study.optimizers[optimizer]
-    return content_key(settings, data_sha256, entry.model_dump(exclude={"lr"}))
+    device = [study.device] if study.device != "cpu" else []  # keys of old results have none
+    return content_key(settings, data_sha256, entry.model_dump(exclude={"lr"}), *device)

@@ -95,13 +95,13 @@ def package_version(type_name: str) -> str:
     return f"{package} {version}"
 
 
-def why_unavailable(type_name: str, settings: dict[str, Any]) -> str | None:
+def why_unavailable(type_name: str, settings: dict[str, Any], device: str) -> str | None:
     """Why an optimizer cannot run here, found by two steps of it on a small layer; None if it can."""
-    layer = nn.ModuleDict({"mlp": nn.Linear(128, 128)})
+    layer = nn.ModuleDict({"mlp": nn.Linear(128, 128, device=device)})
     try:
         optimizer = build_optimizer(type_name, list(layer.named_parameters()), 1e-3, settings)
         for _ in range(2):
-            layer["mlp"](torch.ones(4, 128)).square().sum().backward()
+            layer["mlp"](torch.ones(4, 128, device=device)).square().sum().backward()
             optimizer.step()
     except ModuleNotFoundError as error:
         return f"{error.name} is not installed: pip install -e '.[study]'"

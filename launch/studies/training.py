@@ -24,7 +24,7 @@ from .tasks import Problem
 _CURVE_POINTS = 100
 
 
-def train(run: Run, task: Task, entry: OptimizerEntry, folder: Path) -> dict[str, Any]:
+def train(run: Run, task: Task, entry: OptimizerEntry, folder: Path, device: str) -> dict[str, Any]:
     """Train once; the learning rate rises linearly and then follows a cosine to 0.
 
     Returns:
@@ -33,7 +33,7 @@ def train(run: Run, task: Task, entry: OptimizerEntry, folder: Path) -> dict[str
     """
     start = time.perf_counter()
     torch.manual_seed(run.seed)
-    problem = Problem(task, folder)
+    problem = Problem(task, folder, device)
     model = problem.make_model().to({"fp32": torch.float32, "bf16": torch.bfloat16}[entry.weights])
     optimizer = build_optimizer(entry.type, list(model.named_parameters()), run.lr, entry.settings)
     schedule = get_scheduler("cosine", optimizer, round(entry.warmup * task.steps), task.steps)
@@ -49,6 +49,8 @@ def train(run: Run, task: Task, entry: OptimizerEntry, folder: Path) -> dict[str
             break
         begin = time.perf_counter()
         optimizer.step()
+        if device == "cuda":
+            torch.cuda.synchronize()
         step_seconds.append(time.perf_counter() - begin)
         schedule.step()
         if step % interval == 0 or step == task.steps:
@@ -64,6 +66,7 @@ def train(run: Run, task: Task, entry: OptimizerEntry, folder: Path) -> dict[str
         "optimizer_settings": entry.model_dump(exclude={"lr"}),
         "package": package_version(entry.type),
         "torch": f"torch {torch.__version__}",
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "num_params": sum(param.numel() for param in model.parameters()),
         "weight_bytes": sum(param.nbytes for param in model.parameters()),
         "state_bytes": state_bytes(optimizer),

@@ -16,6 +16,7 @@ import torch
 
 from ..errors import BackendUnavailableError
 from . import __path__ as _FOLDERS
+from .cuda_installation import install_command
 
 SOURCE_NAME = "microadam.cu"
 
@@ -48,7 +49,6 @@ def nvrtc_version() -> tuple[int, int]:
     Raises:
         BackendUnavailableError: It cannot be loaded; says what to install.
     """
-    toolkit = (torch.version.cuda or "13").partition(".")[0]
     try:
         import cuda.core
         from cuda.bindings import nvrtc
@@ -59,7 +59,7 @@ def nvrtc_version() -> tuple[int, int]:
     except (ImportError, RuntimeError, OSError) as error:
         raise BackendUnavailableError(
             f'backend="cuda": NVRTC, which compiles the kernel, cannot be used ({" ".join(str(error).split())}). '
-            f"pip install 'cuda-core[cu{toolkit}]'; or use backend=\"reference\"."
+            f'{install_command(torch.version.cuda)}; or use backend="reference".'
         ) from error
     return major, minor
 
@@ -133,6 +133,7 @@ def compile_options(macros: Mapping[str, str | int], arch: str, folder: Path) ->
         name=SOURCE_NAME,
         arch=arch,
         std="c++17",
+        device_as_default_execution_space=True,  # NVRTC before 13 takes a generic lambda for a host function
         fma=False,
         ftz=False,
         prec_div=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from ..checkpoint.deepspeed_reshard import reshard_checkpoint
+from ..diagnostics.cuda_checks import check_this_machine
 from ..diagnostics.environment import backends, chosen, versions
 from ..diagnostics.report import write_report
 from .bench import app as bench
@@ -81,8 +83,9 @@ def doctor(
         Path | None, typer.Option("--json", metavar="FILE", help="Write it to this file; - is standard output.")
     ] = None,
 ) -> None:
-    """Show versions, the backends this machine can use, and which one takes the step."""
+    """Show versions, the backends this machine can use, which one takes the step, and what CUDA lacks."""
     found = {"versions": versions(), "backends": backends(), "auto": chosen()}
+    checks = check_this_machine()
     table = Table(show_header=False, box=None)
     for name, version in found["versions"].items():
         table.add_row(name, version)
@@ -91,6 +94,11 @@ def doctor(
         table.add_row(f"backend {name}", usable)
     for device, backend in found["auto"].items():
         table.add_row(f'backend="auto" on {device}', backend)
+    table.add_section()
+    for check in checks:
+        table.add_row(
+            f"CUDA: {check.name}", check.finding if check.passed else f"{check.finding}. To do: {check.remedy}"
+        )
     tables(json_file).print(table)
     if json_file:
-        write_json(found, json_file)
+        write_json({**found, "cuda": [asdict(check) for check in checks]}, json_file)

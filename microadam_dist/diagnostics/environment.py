@@ -12,12 +12,12 @@ from ..backends.cuda import CudaBackend
 from ..backends.select import SLOWER, AutoBackend
 from ..errors import BackendUnavailableError
 
-_PACKAGES = ("microadam-dist", "torch", "cuda-core", "deepspeed", "transformers", "accelerate")
+_PACKAGES = ("microadam-dist", "torch", "cuda-core", "cuda-bindings", "deepspeed", "transformers", "accelerate")
 
 
 def versions() -> dict[str, str]:
-    """Name -> version of Python and of the packages that matter; "not installed" for those that are not there."""
-    found = {"python": platform.python_version()}
+    """Name -> version of Python, of the CUDA of torch and of the packages that matter, if only "not installed"."""
+    found = {"python": platform.python_version(), "cuda": torch.version.cuda or "none"}
     for package in _PACKAGES:
         try:
             found[package] = version(package)

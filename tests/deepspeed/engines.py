@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tests.ranks import rank_device
+
 SETTINGS = {"lr": 1e-2, "weight_decay": 0.1, "window_size": 4, "density": 0.05, "block_size": 256}
 
 
@@ -45,7 +47,7 @@ class GivenGradients(nn.Module):
 
 def make_model(dtype: torch.dtype = torch.float32) -> GivenGradients:
     torch.manual_seed(0)
-    return GivenGradients().to(dtype)
+    return GivenGradients().to(rank_device(), dtype)
 
 
 def make_gradients(num_steps: int, dtype: torch.dtype = torch.float32) -> list[dict[str, Tensor]]:

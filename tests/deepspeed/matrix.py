@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -144,6 +145,14 @@ def rows() -> Iterator[Row]:
         for stage in feature.stages:
             for dtype in feature.dtypes:
                 yield Row(stage, dtype, feature)
+
+
+def require_dtype(dtype: str) -> None:
+    """Skip what DeepSpeed refuses on this device."""
+    from deepspeed.accelerator import get_accelerator
+
+    if dtype == "fp16" and not get_accelerator().is_fp16_supported():
+        pytest.skip("this device has no fp16")
 
 
 class TiedModel(GivenGradients):

@@ -81,7 +81,7 @@ def _train(engine: Any, first: int, end: int) -> None:
     generator = torch.Generator().manual_seed(dist.get_rank())
     inputs = [torch.randn(16, WIDTH, generator=generator) for _ in range(end)]
     for x in inputs[first:]:
-        engine.backward(engine(x.to(next(engine.module.parameters()).dtype)))
+        engine.backward(engine(x.to(next(engine.module.parameters()))))
         engine.step()
 
 

@@ -15,7 +15,7 @@ from microadam_dist import ConfigError, MicroAdam
 from microadam_dist.config import SETTING_NAMES
 from tests.deepspeed.cuts import cut_intervals, uncut_masks
 from tests.deepspeed.engines import GivenGradients, base_optimizer
-from tests.deepspeed.matrix import DTYPES, TORCH_DTYPES, Row, make_engine, markdown, rows
+from tests.deepspeed.matrix import TORCH_DTYPES, Row, make_engine, markdown, require_dtype, rows
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.deepspeed
@@ -109,15 +109,11 @@ def _run_rows(rank: int, world_size: int, dtype: str) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def records() -> dict[str, list[Any]]:
-    from deepspeed.accelerator import get_accelerator
-
-    dtypes = [dtype for dtype in DTYPES if dtype != "fp16" or get_accelerator().is_fp16_supported()]
-    found = {}
-    for dtype in dtypes:
-        names = [str(row) for row in rows() if row.dtype == dtype]
-        found.update(dict(zip(names, run_ranks(_run_rows, 2, dtype)[0], strict=True)))
-    return found
+def records(request: pytest.FixtureRequest) -> dict[str, list[Any]]:
+    """What happened on the ranks, in every row of a dtype."""
+    require_dtype(request.param)
+    names = [str(row) for row in rows() if row.dtype == request.param]
+    return dict(zip(names, run_ranks(_run_rows, 2, request.param)[0], strict=True))
 
 
 def assemble(parts: list[Interval]) -> dict[str, Tensor]:
@@ -144,10 +140,10 @@ def replay(ranks: list[Record]) -> dict[str, Tensor]:
     return {name: param.detach() for name, param in params.items()}
 
 
-@pytest.mark.parametrize("row", list(rows()), ids=str)
+@pytest.mark.parametrize(
+    ("row", "records"), [(row, row.dtype) for row in rows()], ids=map(str, rows()), indirect=["records"]
+)
 def test_row(row: Row, records: dict[str, list[Any]]) -> None:
-    if str(row) not in records:
-        pytest.skip(f"this device has no {row.dtype}")
     ranks = records[str(row)]
     if row.feature.error is not None:
         assert all(isinstance(message, str) and row.feature.error in message for message in ranks)

@@ -123,7 +123,7 @@ def new_student(stage: int, dtype: torch.dtype, weight_decay: float, sparse: boo
 
 
 def step(engine: Any, batch: tuple[Tensor, Tensor]) -> None:
-    engine.backward(engine(*batch))
+    engine.backward(engine(*(tensor.to(engine.device) for tensor in batch)))
     engine.step()
 
 
@@ -159,7 +159,7 @@ def assert_gathered(engine: Any) -> None:
     zero = engine.optimizer
     for flat, master in zip(zero.bit16_groups_flat, zero.single_partition_of_fp32_groups, strict=True):
         expected = torch.empty_like(flat)
-        dist.all_gather_into_tensor(expected, master.detach().to(flat.dtype))
+        dist.all_gather_into_tensor(expected, master.detach().to(flat))
         assert same_bits(flat, expected)
 
 

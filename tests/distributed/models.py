@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from microadam_dist import MicroAdam
+from tests.ranks import rank_device
 
 SETTINGS = {"lr": 1e-2, "weight_decay": 0.1, "window_size": 4, "density": 0.05, "block_size": 256}
 SHAPES = {
@@ -46,7 +47,7 @@ class GivenGradients(nn.Module):
 
 def make_model(dtype: torch.dtype = torch.float32, seed: int = 0, **kwargs: Any) -> GivenGradients:
     torch.manual_seed(seed)
-    return GivenGradients(**kwargs).to(dtype)
+    return GivenGradients(**kwargs).to(rank_device(), dtype)
 
 
 def shard(model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -62,7 +63,7 @@ def wrap(model: nn.Module, **options: Any) -> nn.Module:
     """FSDP1 with two children of their own and the others together."""
     from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
-    fsdp = functools.partial(FSDP, device_id=torch.get_default_device(), **{"use_orig_params": True, **options})
+    fsdp = functools.partial(FSDP, device_id=rank_device(), **{"use_orig_params": True, **options})
     for name in ("embed", "few"):
         setattr(model, name, fsdp(getattr(model, name)))
     return fsdp(model)
@@ -95,7 +96,7 @@ def inject(model: nn.Module, step: int) -> None:
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     for name, param in model.named_parameters():
-        grad = gradient(step, name.removesuffix(".weight"), param.dtype)
+        grad = gradient(step, name.removesuffix(".weight"), param.dtype).to(param.device)
         if isinstance(param, DTensor):
             grad = distribute_tensor(grad, param.device_mesh, param.placements, src_data_rank=None)
         param.grad = grad
@@ -133,7 +134,7 @@ def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     differing = [
         name
         for name, tensor in expected.items()
-        if got[name].dtype != tensor.dtype or not torch.equal(got[name], tensor)
+        if got[name].dtype != tensor.dtype or not torch.equal(got[name].cpu(), tensor.cpu())
     ]
     assert not differing, differing
 

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from microadam_dist import ConfigError, MicroAdam, UnsupportedLayoutError
 from microadam_dist.engines import changes, row_exchange
-from tests.ranks import run_ranks
+from tests.ranks import DEVICE, rank_device, run_ranks
 
 from .checkpoints import DTYPES, END, SAVED_AT, Expected, check_loading, make, save
 from .models import (
@@ -52,7 +52,7 @@ class Odd(GivenGradients):
 
 def _odd(dtype: torch.dtype, **options: Any) -> tuple[nn.Module, MicroAdam]:
     torch.manual_seed(0)
-    model = Odd().to(dtype)
+    model = Odd().to(rank_device(), dtype)
     named = list(model.named_parameters())
     packed = {"packed_window": True, "window_size": 2, "density": 0.1, "weight_decay": 0.0}
     groups = [{"params": named[::2]}, {"params": named[1::2], **packed}]
@@ -103,7 +103,9 @@ def _bits(rank: int, world_size: int, plain: dict[torch.dtype, dict[str, Tensor]
 
 def _check_equal_on_all_ranks(model: nn.Module) -> None:
     for param in model.parameters():
-        weights = [torch.empty(param.shape, dtype=param.dtype) for _ in range(dist.get_world_size())]
+        weights = [
+            torch.empty(param.shape, dtype=param.dtype, device=param.device) for _ in range(dist.get_world_size())
+        ]
         dist.all_gather(weights, param.detach().contiguous())
         assert all(
             torch.equal(other.view(-1).view(torch.uint8), weights[0].view(-1).view(torch.uint8)) for other in weights
@@ -133,13 +135,13 @@ def _bytes(rank: int, world_size: int) -> list[tuple[Any, ...]]:
         for dtype in DTYPES:
             for decay in (0.0, 0.1):
                 torch.manual_seed(0)
-                model = nn.Linear(1024, 512, bias=False).to(dtype)
+                model = nn.Linear(1024, 512, bias=False).to(rank_device(), dtype)
                 options = {"shard_state": True, "weight_exchange": exchange, **settings}
                 optimizer = MicroAdam(model.named_parameters(), weight_decay=decay, **options)
                 for step in range(30):
                     if step == 15:
                         before = optimizer.exchanged_bytes.sent, optimizer.exchanged_bytes.dense
-                    model.weight.grad = torch.randn(512, 1024).to(dtype)
+                    model.weight.grad = torch.randn(512, 1024).to(model.weight)
                     optimizer.step()
                 after = optimizer.exchanged_bytes.sent, optimizer.exchanged_bytes.dense
                 numel = 15 * model.weight.numel() / world_size
@@ -215,7 +217,7 @@ def _refused(rank: int, world_size: int) -> None:
     model, optimizer = make(torch.float32, mesh=None)
     train(model, optimizer, range(5))
     expected = everything(optimizer)
-    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("other", "dp"))
+    mesh = dist.init_device_mesh(DEVICE, (2, 2), mesh_dim_names=("other", "dp"))
     for ranks in (dist.group.WORLD, mesh["dp"], mesh["dp"].get_group()):
         model = make_model()
         optimizer = make_optimizer(model, shard_state=ranks)

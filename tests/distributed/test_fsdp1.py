@@ -28,7 +28,7 @@ from microadam_dist import (
 )
 from microadam_dist.checkpoint.reshard import SourceShard
 from tests.checkpoint.blocks import blocks, dense
-from tests.ranks import run_ranks
+from tests.ranks import DEVICE, rank_device, run_ranks
 from tests.text import batch, held_out, tiny_llama
 
 from .models import backward, gradients, make_model, make_optimizer, message_of, shard, train, wrap
@@ -57,7 +57,7 @@ MODES: dict[str, tuple[ShardingStrategy, torch.dtype, torch.dtype, MixedPrecisio
 def make(mode: str, **options: Any) -> tuple[nn.Module, MicroAdam]:
     strategy, dtype, _, precision = MODES[mode]
     if "hybrid" in mode:
-        options["device_mesh"] = dist.init_device_mesh("cpu", (2, 2))
+        options["device_mesh"] = dist.init_device_mesh(DEVICE, (2, 2))
     model = wrap(make_model(dtype), sharding_strategy=strategy, mixed_precision=precision, **options)
     return model, make_optimizer(model)
 
@@ -90,7 +90,7 @@ def _plain(dtype: torch.dtype, grad_dtype: torch.dtype, end: int) -> Everything:
     optimizer = make_optimizer(model)
     for step in range(end):
         for name, grad in gradients(step, grad_dtype).items():
-            getattr(model, name).weight.grad = grad.to(dtype)
+            getattr(model, name).weight.grad = grad.to(rank_device(), dtype)
         optimizer.step()
     return everything(optimizer)
 
@@ -222,7 +222,7 @@ def _check_refused() -> None:
 
 def _check_rank_without_elements(rank: int) -> None:
     """The ranks agree that the first call is a step, though one of them has nothing to step."""
-    model = FSDP(nn.Linear(2, 1, bias=False), use_orig_params=True, device_id=torch.device("cpu"))
+    model = FSDP(nn.Linear(2, 1, bias=False), use_orig_params=True, device_id=rank_device())
     optimizer = MicroAdam(model.named_parameters())
     model(torch.ones(1, 2)).sum().backward()
     assert (sum(p.numel() for p in model.parameters()) == 0) == (rank >= 2)
@@ -240,7 +240,7 @@ def test_ranks_agree_about_an_overflow_and_clip() -> None:
 def _scale_and_clip(rank: int, world_size: int) -> None:
     model, optimizer = make("full-fp32")
     plain_model, plain_optimizer = make("full-fp32")
-    scaler = ShardedGradScaler(device="cpu", init_scale=1024.0)
+    scaler = ShardedGradScaler(device=DEVICE, init_scale=1024.0)
     for step in range(4):
         grads = gradients(step)
         if step == 1:  # overflows in the shard of rank 1 only
@@ -335,7 +335,7 @@ def _train_llama(rank: int, world_size: int, folder: Path, first: int, last: int
     policy = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={unit})
     if first:
         model.load_state_dict(torch.load(folder / "weights.pt"))
-    model = FSDP(model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu"))
+    model = FSDP(model, auto_wrap_policy=policy, use_orig_params=True, device_id=rank_device())
     optimizer = MicroAdam(model.named_parameters(), lr=4e-3, window_size=2, density=0.05)
     if first:
         load_sharded(optimizer, folder / "optimizer")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from microadam_dist import CheckpointMismatchError, MicroAdam, UnsupportedLayoutError
-from tests.ranks import run_ranks
+from tests.ranks import DEVICE, rank_device, run_ranks
 
 from .checkpoints import DTYPES, SAVED_AT, Expected, check_loading, make, save
 from .models import (
@@ -102,7 +102,7 @@ def _check_refused_state(model: nn.Module, optimizer: MicroAdam, expected: dict[
 
 
 def _check_hsdp(folder: Path, expected: Expected) -> None:
-    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    mesh = dist.init_device_mesh(DEVICE, (2, 2), mesh_dim_names=("replicate", "shard"))
     for dtype in DTYPES:
         model, optimizer = make(dtype, mesh=mesh)
         train(model, optimizer, range(SAVED_AT))
@@ -121,7 +121,7 @@ def _check_placements() -> None:
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    mesh = dist.init_device_mesh(DEVICE, (2, 2), mesh_dim_names=("dp", "tp"))
 
     def refused(model: nn.Module, *expected: str) -> None:
         optimizer = MicroAdam(model.named_parameters(), **SETTINGS)
@@ -245,9 +245,8 @@ def _check_mixed_precision(world_size: int) -> None:
     for step in range(8):
         backward(model, step, torch.bfloat16)
         for name, grad in gradients(step, torch.bfloat16).items():
-            getattr(plain, name).weight.grad = grad.float()
-            exact = getattr(model, name).weight.grad.full_tensor()
-            assert torch.equal(exact, grad.float()), name
+            exact = getattr(plain, name).weight.grad = grad.to(rank_device(), torch.float32)
+            assert torch.equal(getattr(model, name).weight.grad.full_tensor(), exact), name
         optimizer.step()
         optimizer.zero_grad()
         plain_optimizer.step()
@@ -259,7 +258,7 @@ def _check_grad_scaler(rank: int) -> None:
     runs = []
     for mesh_option in ({}, {"mesh": None}):
         model, optimizer = make(torch.float32, **mesh_option)
-        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+        scaler = torch.amp.GradScaler(DEVICE, init_scale=1024.0, growth_interval=2)
         for step in range(6):
             inject(model, step)
             for param in model.parameters():
@@ -267,7 +266,7 @@ def _check_grad_scaler(rank: int) -> None:
             if step in (0, 3):
                 local = getattr(model.few.weight.grad, "_local_tensor", model.few.weight.grad)
                 local.view(-1)[5:6] = torch.inf if rank == 0 or mesh_option else 0.0
-            scaler.scale(torch.zeros(()))
+            scaler.scale(torch.zeros((), device=rank_device()))
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()

@@ -117,11 +117,16 @@ def _load_each_other(rank: int, world_size: int, folder: Path) -> None:
         _load_from_one_process(model, plain, kind)
 
 
+def _on_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.cpu() for name, tensor in state.items()}
+
+
 def _load_from_one_process(model: nn.Module, plain: MicroAdam, kind: str) -> None:
     """Weights and state, as a training of one process has saved them."""
     layouts = plain.sharded.layouts()
     sources = [
-        SourceShard(layout, plain.sharded.flat_state(p), p.detach().flatten(), "") for p, layout in layouts.items()
+        SourceShard(layout, _on_cpu(plain.sharded.flat_state(p)), p.detach().cpu().flatten(), "")
+        for p, layout in layouts.items()
     ]
     resharder = Resharder(sources)
     saved = SavedTraining(Path("one"), "one process", resharder, resharder.states, plain.param_groups, None)
@@ -134,7 +139,7 @@ def _load_from_one_process(model: nn.Module, plain: MicroAdam, kind: str) -> Non
     for p, layout in optimizer.sharded.layouts().items():
         (span,) = layout.spans
         expected = resharder.whole(span.fqn).flatten()[span.start : span.start + span.numel]
-        assert torch.equal(optimizer.sharded.shard(p).param.detach().flatten(), expected), (kind, span)
+        assert torch.equal(optimizer.sharded.shard(p).param.detach().cpu().flatten(), expected), (kind, span)
 
 
 def test_wrapped_models_load_each_others_sharded_files(tmp_path: Path) -> None:

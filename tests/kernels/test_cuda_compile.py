@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import importlib.metadata
 import re
 import subprocess
 import sys
@@ -160,6 +162,39 @@ def test_the_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/me")
     assert nvrtc.cache_folder() == Path("/home/me/.cache/microadam_dist")
+
+
+# ---------------------------------------------------------------- the compiler that older torches bring
+
+
+@pytest.fixture(scope="module")
+def nvrtc_12() -> ctypes.CDLL:
+    """NVRTC as torch 2.6 to 2.10 have it, without the bindings, which look for one version alone."""
+    try:
+        files = importlib.metadata.files("nvidia-cuda-nvrtc-cu12") or []
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("nvidia-cuda-nvrtc-cu12 is not installed")
+    (library,) = (file.locate() for file in files if file.name == "libnvrtc.so.12")
+    return ctypes.CDLL(str(library))
+
+
+@pytest.mark.parametrize("setting", [PAPER, MORE_KEPT, NO_WINDOW], ids=str)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_compiles_with_cuda_12(arch: str, setting: tuple[int, float], nvrtc_12: ctypes.CDLL) -> None:
+    folder = nvrtc.source_folder()
+    options = nvrtc.compile_options(macros(DEFAULT, setting), arch, folder).as_bytes("nvrtc")
+    program, size = ctypes.c_void_p(), ctypes.c_size_t()
+    source = (folder / nvrtc.SOURCE_NAME).read_bytes()
+    assert nvrtc_12.nvrtcCreateProgram(ctypes.byref(program), source, b"microadam.cu", 0, None, None) == 0
+    status = nvrtc_12.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
+    assert nvrtc_12.nvrtcGetProgramLogSize(program, ctypes.byref(size)) == 0
+    log = ctypes.create_string_buffer(size.value)
+    assert nvrtc_12.nvrtcGetProgramLog(program, log) == 0
+    assert status == 0, log.value.decode()
+    found = resources(log.value.decode())
+    assert found.keys() == {"microadam_scalars", "microadam_step"}
+    assert nvrtc_12.nvrtcGetCUBINSize(program, ctypes.byref(size)) == 0 and size.value > 0
+    nvrtc_12.nvrtcDestroyProgram(ctypes.byref(program))
 
 
 # ---------------------------------------------------------------- what is missing is named

@@ -87,17 +87,42 @@ def _train_with(rank: int, world_size: int, environment: dict[str, str], run: di
     train_rank(rank, world_size, run)
 
 
-def test_accelerate_launch(text: Path, tmp_path: Path) -> None:
-    """The command itself, with DDP, which needs no GPU."""
-    command = [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file", str(CONFIGS["ddp"])]
-    command += ["--num_processes", "2", str(ROOT / "launch" / "train.py"), "--shard-state", "touched", "--steps", "2"]
+def _launch(config: str, num_processes: int, text: Path, output: Path, *more: str) -> dict[str, Any]:
+    """The command itself; returns what it has left in metrics.json."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS[config])]
+    command += ["--num_processes", str(num_processes), str(ROOT / "launch" / "train.py")]
     command += ["--model-config", str(text.with_name("model.json")), "--tokenizer", "bytes", "--data", str(text)]
-    command += ["--seq-len", "64", "--output", str(tmp_path)]
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}  # torchrun leaves folders for logs behind
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    command += ["--seq-len", "64", "--steps", "2", "--output", str(output / "run"), *more]
+    environment = {**os.environ, "TMPDIR": str(output)}  # torchrun leaves folders for logs behind
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stdout + result.stderr
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert (metrics["engine"], metrics["world_size"]) == ("DDP", 2)
+    metrics: dict[str, Any] = json.loads((output / "run" / "metrics.json").read_text())
+    return metrics
+
+
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="a second rank has no GPU")
+def test_accelerate_launch(text: Path, tmp_path: Path) -> None:
+    """With DDP, which needs no GPU."""
+    metrics = _launch("ddp", 2, text, tmp_path, "--shard-state", "touched")
+    assert (metrics["engine"], metrics["world_size"]) == (ENGINES["ddp"], 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("config", ENGINES)
+def test_accelerate_launch_on_a_gpu(config: str, text: Path, tmp_path: Path) -> None:
+    """Every file, with one rank, which goes on from a checkpoint."""
+    for more in ("--save-steps", "1"), ("--resume", str(tmp_path / "run" / "checkpoint-1")):
+        metrics = _launch(config, 1, text, tmp_path, *more)
+        assert (metrics["engine"], metrics["world_size"]) == (ENGINES["single_gpu" if config == "ddp" else config], 1)
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+@pytest.mark.parametrize("config", [config for config in ENGINES if config not in ("ddp", "single_gpu")])
+def test_accelerate_launch_on_two_gpus(config: str, text: Path, tmp_path: Path) -> None:
+    metrics = _launch(config, 2, text, tmp_path)
+    assert (metrics["engine"], metrics["world_size"]) == (ENGINES[config], 2)
 
 
 # ---------------------------------------------------------------- accelerator.save_state, load_state

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -112,8 +113,15 @@ def test_chunked_loss_needs_a_llama() -> None:
 @pytest.fixture(scope="module")
 def worker() -> Iterator[ProcessPoolExecutor]:
     """A process of its own, as Accelerate keeps its state and the script sets environment variables."""
-    with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(1, get_context("spawn"), _start_worker) as pool:
         yield pool
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True, warn_only=True)  # on a GPU, too, runs are compared in every bit
+    torch.utils.deterministic.fill_uninitialized_memory = False  # memory is measured
 
 
 def _train(run: dict[str, Any], shard_size: str = "2GB") -> dict[str, Any]:

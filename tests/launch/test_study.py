@@ -50,7 +50,9 @@ def test_study_resumes_and_reports_all(tmp_path: Path) -> None:
 
     config, output = tiny_study(tmp_path, steps=4), tmp_path / "out"
     results = output / "study" / "results.jsonl"
-    run_studies([config], output, num_workers=1)
+    run_studies([config], output, num_workers=1, json_file=tmp_path / "losses.json")
+    losses = json.loads((tmp_path / "losses.json").read_text())
+    assert losses["devices"] == ["cpu"] and [row["optimizer"] for row in losses["rows"] if row["note"]] == ["Broken"]
     records = [json.loads(line) for line in results.read_text().splitlines()]
     adamw = {r["lr"]: r["validation"]["loss"] for r in records if r["optimizer"] == "AdamW" and r["seed"] == 0}
     expected = [("AdamW", 1e-3, 0), ("AdamW", 1.0, 0), ("AdamW", min(adamw, key=adamw.get), 1)]
@@ -85,6 +87,17 @@ def test_interrupted_study_leaves_no_process(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == 130
     assert not psutil.wait_procs(children, timeout=10)[1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_study_for_a_gpu_needs_one(tmp_path: Path) -> None:
+    from study import run_studies
+    from training.errors import UserError
+
+    config = tiny_study(tmp_path, steps=4)
+    config.write_text(config.read_text().replace("seeds:", "device: cuda\nseeds:"))
+    with pytest.raises(UserError, match="study: device: cuda, but torch .* sees no GPU here"):
+        run_studies([config], tmp_path / "out", num_workers=1)
 
 
 def record(lr: float, seed: int, loss: float | None) -> dict[str, Any]:
@@ -211,7 +224,7 @@ def test_mistake_in_a_study_is_named(change: str, message: str, tmp_path: Path) 
         load_study(config, quick=False)
 
 
-@pytest.mark.parametrize("config", sorted((ROOT / "configs" / "studies").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", sorted((ROOT / "configs" / "studies").rglob("*.yaml")), ids=lambda path: path.stem)
 def test_studies_of_the_repository_are_valid(config: Path) -> None:
     from studies.config import load_study
 

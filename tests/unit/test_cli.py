@@ -45,6 +45,7 @@ def test_doctor_says_what_is_used_and_why_something_is_not() -> None:
     assert "not available" in result.stdout and "/nonexistent/kernel.so" in result.stdout
     assert [line.split()[-1] for line in result.stdout.splitlines() if 'backend="auto" on cpu' in line] == ["reference"]
     content = json.loads(microadam("doctor", "--json", "-", **broken).stdout)
+    assert all(check["remedy"] for check in content["cuda"] if not check["passed"])
     assert content["auto"]["cpu"] == "reference" and "/nonexistent/kernel.so" in content["backends"]["cpu"]
     assert content["versions"]["microadam-dist"] == version("microadam-dist")
 

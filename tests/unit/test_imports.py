@@ -45,7 +45,7 @@ LAZILY = {
     "huggingface_hub": "cli.plan",
     "safetensors": "checkpoint.trainer",
     "matplotlib": "planner.plot bench.plot diagnostics.report",
-    "cuda": "backends.cuda backends.nvrtc",
+    "cuda": "backends.cuda backends.cuda_installation backends.nvrtc",
 }
 
 
