@@ -116,8 +116,8 @@ def show_proposals(name: str, shape: LlamaShape, job: Job, fit: int, json_file: 
     table = Table(
         title=title,
         caption=f"It has {capacity(fit) / GIB:.2f} GiB. Sizes in GiB; needed are the peak, {FRAGMENTATION:.0%} "
-        f"fragmentation and {CONTEXT_BYTES / GIB} GiB for CUDA. --offload-activations puts them in host memory and costs "
-        "two copies of each layer's input a step; what fewer bits (--ef-bits) cost: "
+        f"fragmentation and {CONTEXT_BYTES / GIB} GiB for CUDA. Activations in host memory (--offload-activations) "
+        "cost two copies of each layer's input a step; what fewer bits (--ef-bits) cost: "
         "launch/studies/results/RESULTS.md.",
     )
     table.add_column("ef bits", justify="right")
