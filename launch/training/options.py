@@ -4,13 +4,14 @@ Imports neither torch nor transformers, so that `--help` and a mistyped path ans
 """
 
 import dataclasses
+import difflib
 import os
 from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from typer import BadParameter, Option
+from typer import BadParameter, Context, Option
 
 from .errors import UserError
 from .json_files import read_deepspeed, read_number
@@ -85,6 +86,31 @@ def bits(text: str | float) -> float:
     return int(number) if number.is_integer() else number
 
 
+def read_recipe(context: Context, path: Path | None) -> Path | None:
+    """Take the options in a YAML file as defaults: what the command line says wins.
+
+    Raises:
+        BadParameter: The file is no mapping of names of options to values.
+    """
+    if path is None:
+        return None
+    import yaml
+
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise BadParameter(f"{path}: {' '.join(str(error).split())}") from None
+    if not isinstance(recipe, dict):
+        raise BadParameter(f"{path}: expected options and their values, such as 'ef_bits: 2'.")
+    known = [field.name for field in dataclasses.fields(Options) if field.name != "recipe"]
+    for name in recipe:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1)
+            raise BadParameter(f"{path}: no option '{name}'{f'; did you mean {close[0]!r}?' if close else ''}")
+    context.default_map = recipe
+    return path
+
+
 _model, _data, _optimizer, _run, _output = (
     partial(Option, rich_help_panel=panel) for panel in ("Model", "Data", "Optimizer", "Run", "Output")
 )
@@ -94,6 +120,10 @@ _model, _data, _optimizer, _run, _output = (
 class Options:
     """Every command-line option. `None` means "not given": a DeepSpeed JSON or `DEFAULTS` decides."""
 
+    recipe: Annotated[
+        Path | None,
+        _model(is_eager=True, callback=read_recipe, help="YAML of options, see configs/single_gpu; those given win."),
+    ] = None
     model: Annotated[str | None, _model(help="Local model folder or hub id.")] = None
     model_config: Annotated[Path | None, _model(help="Model config JSON: random initialisation.")] = None
     tokenizer: Annotated[
