@@ -187,9 +187,17 @@ def match_names(state: Any, layout: StateLayout, name: str) -> None:
     expected = {"step", *layout.tensors}
     if not isinstance(state, Mapping) or OWN_NAMES.intersection(state) != expected:
         found = sorted(map(str, state)) if isinstance(state, Mapping) else _describe(state)
+        reason = (
+            "It was made by another optimizer or for a parameter of another shape; load a state dict of MicroAdam, or "
+            "start without its state."
+        )
+        if "bucket_lo" in found and "bucket_scale" in expected:
+            reason = (
+                f"Before version 0.2 buckets had a range with ef_bits={layout.config.ef_bits}, now a scale: start "
+                "without its state, or go on with the version that saved it."
+            )
         raise CheckpointMismatchError(
-            f"the state of parameter {name} has {found}, expected {sorted(expected)}. It was made by another optimizer "
-            "or for a parameter of another shape; load a state dict of MicroAdam, or start without its state."
+            f"the state of parameter {name} has {found}, expected {sorted(expected)}. {reason}"
         )
 
 

@@ -85,6 +85,19 @@ def test_missing_tensor_and_state_of_another_optimizer_are_refused() -> None:
         train(fresh, [0])
 
 
+def test_ranges_of_2_bits_are_refused_by_version() -> None:
+    old, new = (microadam(make_params(SHAPES), ef_bits=2) for _ in range(2))
+    train(old, [0])
+    saved = old.state_dict()
+    for state in saved["state"].values():
+        scale = state.pop("bucket_scale", None)
+        if scale is not None:
+            state |= {"bucket_lo": -scale, "bucket_hi": scale}
+    with pytest.raises(CheckpointMismatchError, match=r"Before version 0\.2 .*ef_bits=2.* start without its state"):
+        new.load_state_dict(saved)
+    assert not new.state
+
+
 def test_tensor_that_takes_the_place_of_a_freed_one_is_seen() -> None:
     """A new tensor often has the address of the one that was freed before it."""
     optimizer = trained()

@@ -73,7 +73,7 @@ def make_optimizer(model: nn.Module, **options: Any) -> MicroAdam:
     """Three groups: the second one packs its window, the third one has none where the options allow it."""
     named = list(model.named_parameters())
     window_size = 2 if options.get("weight_exchange") == "newest" else 1
-    other = {"window_size": window_size, "density": 0.1, "weight_decay": 0.0}
+    other = {"window_size": window_size, "density": 0.1, "weight_decay": 0.0, "ef_bits": 1.6}
     groups = [{"params": named[:2]}, {"params": named[2:3], "packed_window": True}, {"params": named[3:], **other}]
     return MicroAdam([group for group in groups if group["params"]], **SETTINGS, **options)
 

@@ -33,6 +33,11 @@ LIMITS = [
     (PAPER, {"packed_window": True}, 82),
     (DEFAULT, {"rounding": "stochastic"}, 56.2),
     (PAPER, {"rounding": "stochastic"}, 73),
+    (DEFAULT, {"ef_bits": 0}, 36.5),
+    (DEFAULT, {"ef_bits": 1}, 53),
+    (DEFAULT, {"ef_bits": 1.6}, 59.5),
+    (DEFAULT, {"ef_bits": 2}, 50.5),
+    (DEFAULT, {"ef_bits": 8}, 51),
 ]
 
 
