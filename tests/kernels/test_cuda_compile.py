@@ -37,6 +37,7 @@ def macros(
     dtypes: tuple[torch.dtype, torch.dtype] = (BF16, BF16),
     bucket_size: int = 64,
     packed_window: bool = False,
+    ef_bits: float = 4,
 ) -> dict[str, str | int]:
     """For blocks that fill the shape."""
     numel = shape.capacity
@@ -47,6 +48,7 @@ def macros(
         block_size=numel,
         bucket_size=bucket_size,
         packed_window=packed_window,
+        ef_bits=ef_bits,
     )
     layout = StateLayout((ShardSpan("w", (64, numel), 0, 64 * numel),), config)
     (tables,) = launch_tables([layout], True, torch.device("cpu"))
@@ -65,6 +67,8 @@ COMPILED = [
     *(("sm_90", {**macros(DEFAULT, setting), "STOCHASTIC": 0}) for setting in (PAPER, NO_WINDOW)),
     *(("sm_90", macros(DEFAULT, setting, packed_window=True)) for setting in (PAPER, MORE_KEPT)),
     ("sm_90", macros(DEFAULT, (20, 1.0))),
+    *(("sm_90", macros(DEFAULT, NO_WINDOW, ef_bits=bits)) for bits in (0, 1, 1.6, 2, 8)),
+    ("sm_80", macros(DEFAULT, ef_bits=1.6)),
     ("sm_90", macros(DEFAULT, bucket_size=96)),  # buckets that fit no warp take the long way
 ]
 
