@@ -93,6 +93,7 @@ def _task_section(report: StudyReport, name: str) -> dict[str, Any]:
         "lrs": sorted({lr for row in rows for lr in row.tests or ()}),
         "has_trace": bool(task.trace_every),
         "has_accuracy": isinstance(task, DigitsTask),
+        "has_metrics": any(row.first and row.first.get("metrics") for row in rows),
         "growth": [_growth(row) for row in rows if row.first and row.first["trace"]],
         "data_sha256": report.hashes[name],
     }

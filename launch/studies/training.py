@@ -22,6 +22,7 @@ from .optimizers import build_optimizer, package_version, state_bytes
 from .tasks import Problem
 
 _CURVE_POINTS = 100
+_METRICS = ("q", "omega")  # of `MicroAdam.metrics`
 
 
 def train(run: Run, task: Task, entry: OptimizerEntry, folder: Path, device: str) -> dict[str, Any]:
@@ -38,7 +39,7 @@ def train(run: Run, task: Task, entry: OptimizerEntry, folder: Path, device: str
     optimizer = build_optimizer(entry.type, list(model.named_parameters()), run.lr, entry.settings)
     schedule = get_scheduler("cosine", optimizer, round(entry.warmup * task.steps), task.steps)
     interval = -(-task.steps // _CURVE_POINTS)
-    curve, validation, trace, recent, step_seconds = [], [], [], [], []
+    curve, validation, trace, metrics, recent, step_seconds = [], [], [], [], [], []
     diverged = False
     for step, batch in zip(range(1, task.steps + 1), problem.batches(run.seed), strict=False):
         optimizer.zero_grad()
@@ -58,6 +59,8 @@ def train(run: Run, task: Task, entry: OptimizerEntry, folder: Path, device: str
             recent = []
         if step % task.eval_every == 0 and step < task.steps:
             validation.append((step, problem.evaluate(model, "validation").loss))
+        if getattr(optimizer, "metrics_every", 0) and step % optimizer.metrics_every == 0:
+            metrics.append(optimizer.metrics)
         if task.trace_every and step % task.trace_every == 0:
             trace.append({"step": step, **_norms(optimizer), "state_bytes": state_bytes(optimizer)})
     record = {
@@ -73,6 +76,7 @@ def train(run: Run, task: Task, entry: OptimizerEntry, folder: Path, device: str
         "train_curve": curve,
         "validation_curve": validation,
         "trace": trace,
+        "metrics": {name: statistics.fmean(m[name] for m in metrics) for name in _METRICS} if metrics else None,
         "step_ms": 1e3 * statistics.median(step_seconds) if step_seconds else None,
         "validation": None,
         "test": None,
