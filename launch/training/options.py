@@ -98,7 +98,7 @@ def read_recipe(context: Context, path: Path | None) -> Path | None:
 
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise BadParameter(f"{path}: {' '.join(str(error).split())}") from None
     if not isinstance(recipe, dict):
         raise BadParameter(f"{path}: expected options and their values, such as 'ef_bits: 2'.")

@@ -136,7 +136,7 @@ def read_shape(path: Path) -> LlamaShape:
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"cannot read the model configuration {path}: {error}") from None
     if not isinstance(config, dict):
         raise ConfigError(f"{path}: expected a JSON object, as in a Hugging Face config.json.")
