@@ -97,7 +97,7 @@ def _collect(pipes: list[Connection]) -> list[Any]:
         for pipe in ready:
             rank = open_pipes.pop(pipe)  # type: ignore[call-overload]
             try:
-                succeeded, result = _receive(pipe)  # type: ignore[arg-type]
+                succeeded, result = receive(pipe)  # type: ignore[arg-type]
             except EOFError:
                 succeeded, result = False, "the process died without a word"
             if succeeded:
@@ -108,7 +108,7 @@ def _collect(pipes: list[Connection]) -> list[Any]:
     for pipe, rank in open_pipes.items():
         if failures and pipe.poll(1):
             try:
-                failures.append(f"rank {rank}:\n{_receive(pipe)[1]}")
+                failures.append(f"rank {rank}:\n{receive(pipe)[1]}")
             except EOFError:
                 pass
     if failures:
@@ -150,6 +150,6 @@ def _send(pipe: Connection, message: tuple[bool, Any]) -> None:
     pipe.send_bytes(buffer.getvalue())
 
 
-def _receive(pipe: Connection) -> tuple[bool, Any]:
+def receive(pipe: Connection) -> tuple[bool, Any]:
     message: tuple[bool, Any] = torch.load(io.BytesIO(pipe.recv_bytes()), map_location="cpu", weights_only=False)
     return message

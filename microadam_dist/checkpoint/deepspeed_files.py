@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -103,6 +105,25 @@ def files_by_rank(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
     return [files[rank] for rank in sorted(files)]
 
 
+# What DeepSpeed 0.19.8 itself puts into its files, beside plain values and tensors.
+_DEEPSPEED_CLASSES = {
+    "deepspeed.runtime.fp16.loss_scaler": ("LossScaler", "DynamicLossScaler"),
+    "deepspeed.runtime.zero.config": ("ZeroStageEnum",),
+    "deepspeed.utils.tensor_fragment": ("fragment_address",),
+}
+
+
+@functools.cache
+def _deepspeed_classes() -> list[Any]:
+    """Those classes, as far as this DeepSpeed has them."""
+    found = []
+    for module, names in _DEEPSPEED_CLASSES.items():
+        with contextlib.suppress(ImportError):
+            classes = importlib.import_module(module)
+            found += [getattr(classes, name) for name in names if hasattr(classes, name)]
+    return found
+
+
 def load_file(path: Path) -> Mapping[str, Any]:
     """What is in a file; its tensors are compared with their checksums by `require_intact` only.
 
@@ -115,8 +136,15 @@ def load_file(path: Path) -> Mapping[str, Any]:
             f"{path} was written as {written}.pt: files have been exchanged or renamed. Copy the checkpoint again."
         )
     try:
-        # DeepSpeed pickles its loss scaler and configuration, so its files cannot be read with weights_only.
-        states: Mapping[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+        with torch.serialization.safe_globals(_deepspeed_classes()):
+            if others := torch.serialization.get_unsafe_globals_in_checkpoint(path):
+                raise CheckpointMismatchError(
+                    f"{path} holds objects of {', '.join(others)}, which may run code and are not loaded. Use plain "
+                    "values and tensors as client state, or allow them with torch.serialization.add_safe_globals."
+                )
+            states: Mapping[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except CheckpointMismatchError:
+        raise
     except Exception as error:
         raise CheckpointMismatchError(
             f"{path} cannot be read, it is truncated or no checkpoint: {error}. Copy it again, or load an earlier one."

@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 import microadam_dist
-from microadam_dist import ConfigError
+from microadam_dist import CheckpointMismatchError, ConfigError
+from microadam_dist.checkpoint.deepspeed_files import load_file
 from microadam_dist.checkpoint.deepspeed_reshard import reshard_checkpoint
 from tests.deepspeed.engines import (
     base_optimizer,
@@ -193,3 +194,19 @@ def test_a_file_that_cannot_grow_is_refused(saved: Path, worker: ProcessPoolExec
 def test_a_read_only_disk_is_refused(saved: Path, tmp_path: Path) -> None:
     with mounted_tmpfs(tmp_path / "disk", "64m", "ro") as disk, pytest.raises(ConfigError, match="Read-only file"):
         reshard_checkpoint(saved / "zero2", disk / "new", 3)
+
+
+class _RunsCode:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_a_file_that_runs_code_is_refused(tmp_path: Path) -> None:
+    file, ran = tmp_path / "mp_rank_00_model_states.pt", tmp_path / "ran"
+    torch.save({"client": _RunsCode(ran)}, file)
+    with pytest.raises(CheckpointMismatchError, match=r"holds objects of .*Use plain values"):
+        load_file(file)
+    assert not ran.exists()
