@@ -19,6 +19,8 @@ from microadam_dist.planner.shapes import LLAMAS, LlamaShape, numel
 
 SETTINGS = {
     "1, 0.1 (the default)": MicroAdamConfig(window_size=1, density=0.1),
+    "1, 0.1, 2 bits": MicroAdamConfig(window_size=1, density=0.1, ef_bits=2),
+    "1, 0.1, 1.6 bits": MicroAdamConfig(window_size=1, density=0.1, ef_bits=1.6),
     "2, 0.05": MicroAdamConfig(window_size=2, density=0.05),
     "2, 0.05, packed": MicroAdamConfig(window_size=2, density=0.05, packed_window=True),
     "10, 0.01 (the paper's)": MicroAdamConfig(window_size=10, density=0.01),
