@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,11 +111,16 @@ def _run_rows(rank: int, world_size: int, dtype: str) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def records(request: pytest.FixtureRequest) -> dict[str, list[Any]]:
-    """What happened on the ranks, in every row of a dtype."""
-    require_dtype(request.param)
-    names = [str(row) for row in rows() if row.dtype == request.param]
-    return dict(zip(names, run_ranks(_run_rows, 2, request.param)[0], strict=True))
+def records() -> Callable[[str], dict[str, list[Any]]]:
+    """What happened on the ranks, in every row of a dtype; its ranks run once."""
+
+    @functools.cache
+    def of(dtype: str) -> dict[str, list[Any]]:
+        require_dtype(dtype)
+        names = [str(row) for row in rows() if row.dtype == dtype]
+        return dict(zip(names, run_ranks(_run_rows, 2, dtype)[0], strict=True))
+
+    return of
 
 
 def assemble(parts: list[Interval]) -> dict[str, Tensor]:
@@ -140,11 +147,9 @@ def replay(ranks: list[Record]) -> dict[str, Tensor]:
     return {name: param.detach() for name, param in params.items()}
 
 
-@pytest.mark.parametrize(
-    ("row", "records"), [(row, row.dtype) for row in rows()], ids=map(str, rows()), indirect=["records"]
-)
-def test_row(row: Row, records: dict[str, list[Any]]) -> None:
-    ranks = records[str(row)]
+@pytest.mark.parametrize("row", list(rows()), ids=str)
+def test_row(row: Row, records: Callable[[str], dict[str, list[Any]]]) -> None:
+    ranks = records(row.dtype)[str(row)]
     if row.feature.error is not None:
         assert all(isinstance(message, str) and row.feature.error in message for message in ranks)
         return
