@@ -56,7 +56,10 @@ def test_encode(gradient: Gradient, settings: tuple[int, int, int]) -> None:
     for numel in (capacity, capacity - 16, capacity - 37, 64, 1):
         residual = numbers(gradient, numel)
         with np.errstate(all="ignore"):
-            codes, lo, hi = encode(list(residual), bucket_size, levels=15)
+            firsts = range(0, numel, bucket_size)
+            buckets = [encode(list(residual[first : first + bucket_size]), 4, first, 0) for first in firsts]
+            codes = [code for bucket in buckets for code in bucket.codes]
+            lo, hi = ([bucket.stored[name] for bucket in buckets] for name in ("bucket_lo", "bucket_hi"))
         stored = np.full(-(-numel // 2), 255, np.uint8)
         ranges = np.zeros((2, len(lo)), np.uint16)
         for aligned in {0, numel % 16 == 0}:
