@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..layout import ERROR_TENSORS, MAX_SCALED_BITS, ternary_groups
+from ..layout import ERROR_TENSORS, MAX_SCALED_BITS, num_levels, ternary_groups
 
 # Of a bucket's largest magnitude; near the ones with the smallest error, and exact in fp32 for a bf16 number.
 _SCALE_FACTORS = {1: 3 / 8, 1.6: 5 / 8, 2: 1 / 2}
@@ -50,11 +50,6 @@ class StoredError(NamedTuple):
     def of(cls, tensors: Mapping[str, Tensor]) -> StoredError:
         """From state tensors by name."""
         return cls(tensors["codes"], *(tensors.get(name) for name in ERROR_TENSORS[1:]))
-
-
-def num_levels(bits: float) -> int:
-    """The largest code."""
-    return 2 if bits == 1.6 else 2 ** int(bits) - 1
 
 
 def decode_error(stored: StoredError, numel: int, *, bits: float, bucket_size: int) -> Tensor:

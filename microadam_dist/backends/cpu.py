@@ -17,12 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arithmetic.error_feedback import num_levels
 from ..arithmetic.rounding import is_stochastic, step_key
 from ..arithmetic.scalars import StepScalars
 from ..config import MicroAdamConfig
 from ..errors import BackendUnavailableError, ConfigError
-from ..layout import StateLayout
+from ..layout import StateLayout, num_levels
 from . import __path__ as _FOLDERS  # an editable install has two: the sources and what was built
 from .base import TensorStep
 from .structures import EXTENT_FIELDS, FloatScalars, Place, extents_of, float_values, place_of

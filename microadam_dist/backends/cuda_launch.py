@@ -15,12 +15,11 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from ..arithmetic.error_feedback import num_levels
 from ..arithmetic.rounding import is_stochastic, mix, step_key
 from ..arithmetic.scalars import BiasFactors, StepScalars
 from ..config import MicroAdamConfig
 from ..errors import ConfigError
-from ..layout import BlockRun, DenseRun, StateLayout
+from ..layout import BlockRun, DenseRun, StateLayout, num_levels
 from .base import DeviceInputs, TensorStep
 from .structures import EXTENT_FIELDS, FloatScalars, Place, extents_of, float_values, place_of
 from .tensors import STATE_NAMES, Addresses

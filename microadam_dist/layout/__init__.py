@@ -57,5 +57,8 @@ from .state import (
     StateSize as StateSize,
 )
 from .state import (
+    num_levels as num_levels,
+)
+from .state import (
     ternary_groups as ternary_groups,
 )

@@ -57,6 +57,11 @@ def ternary_groups(numel: int) -> Iterator[TernaryGroup]:
         first_byte += width
 
 
+def num_levels(bits: float) -> int:
+    """The largest error-feedback code; 0: there are none."""
+    return 2 if bits == 1.6 else 2 ** int(bits) - 1
+
+
 def code_bytes(numel: int, bits: float) -> int:
     """Bytes of the error-feedback codes of one block."""
     if bits == 1.6:

@@ -110,8 +110,8 @@ MISTAKES = {
     ),
     "two codes are exchanged": (
         "error_feedback.cuh",
-        "level_of(a[j], range), level_of(a[j + 1], range)",
-        "level_of(a[j + 1], range), level_of(a[j], range)",
+        "is_first ? level(j) : 0, is_second ? level(j + 1) : 0",
+        "is_second ? level(j + 1) : 0, is_first ? level(j) : 0",
     ),
     "slots are summed from the newest": (
         "window.cuh",

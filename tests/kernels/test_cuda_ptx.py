@@ -119,8 +119,8 @@ def test_offsets_beyond_32_bits() -> None:
 MISTAKES = {
     "two codes are exchanged": (
         "device.cuh",
-        '"r"(second), "r"(first), "r"(codes)',
-        '"r"(first), "r"(second), "r"(codes)',
+        "cvt.pack.sat.u4.s32.b32 %0, %1, %2, %3;",
+        "cvt.pack.sat.u4.s32.b32 %0, %2, %1, %3;",
     ),
     "two keys are exchanged": ("device.cuh", '"f"(high), "f"(low)', '"f"(low), "f"(high)'),
     "NaN is not the largest": ("device.cuh", "max.NaN.bf16x2", "max.bf16x2"),
