@@ -318,16 +318,15 @@ inline void store_scales(const Block& block, const Step& step, int count, const 
   }
   round_to_bf16(hi, block.bucket_scale, count);
   for (int i = 0; i < count; i += kLanes) {
-    const Floats scale = load(hi + i), inverse = or_zero(splat(1.f) / scale);
-    const Lanes is_zero = equal(magnitude(inverse), splat(0));
-    store(hi + i, choose(is_zero, splat(0.f), scale));
-    store(lo + i, inverse);
+    Floats scale = load(hi + i);
+    const Lanes is_zero = equal(magnitude(or_zero(splat(1.f) / scale)), splat(0));
+    scale = choose(is_zero, splat(0.f), scale);
+    store(hi + i, scale);
+    store(lo + i, -scale);
   }
   convert(block.bucket_scale, hi, count);
   for (int i = 0; i < count; i += kLanes) {
-    const Floats scale = load(hi + i), inverse = load(lo + i);
-    store(lo + i, -scale);
-    store(hi + i, inverse);
+    store(hi + i, or_zero(splat(1.f) / load(hi + i)));
   }
 }
 

@@ -70,20 +70,18 @@ class Override(str, Enum):
 
 def fraction(text: str | float) -> float:
     """``1%`` and ``0.01`` are the same."""
-    text = str(text).strip()
-    try:
-        return float(f"{text[:-1]}e-2" if text.endswith("%") else text)
-    except ValueError:
-        raise BadParameter(f"{text!r} is no fraction: expected a number such as 0.01 or 1%.") from None
+    if isinstance(text, float):
+        return text  # a default: nothing is imported for it
+    from microadam_dist.cli.settings import parse_density
+
+    return parse_density(text)
 
 
 def bits(text: str | float) -> float:
     """A whole number is an int, as in a JSON."""
-    try:
-        number = float(text)
-    except ValueError:
-        raise BadParameter(f"{text!r} is no number: expected one such as 4 or 1.6.") from None
-    return int(number) if number.is_integer() else number
+    from microadam_dist.cli.settings import parse_bits
+
+    return parse_bits(text)
 
 
 def read_recipe(context: Context, path: Path | None) -> Path | None:

@@ -35,23 +35,23 @@ class Blocks(NamedTuple):
     def copy_of(self, rows: Sequence[int], cols: Sequence[int]) -> Blocks:
         """Copies of the blocks (rows[i], cols[i]), as many rows of one block each."""
         row, col = (torch.tensor(places, device=self.param.device) for places in (rows, cols))
-        copies: Blocks = _map_tensors(lambda view: view[row, col].unsqueeze(1), self)
+        copies: Blocks = map_tensors(lambda view: view[row, col].unsqueeze(1), self)
         return copies
 
 
 def concatenate(parts: Sequence[Blocks]) -> Blocks:
     """Copies of blocks of one shape, one part after the other along the rows."""
-    joined: Blocks = _map_tensors(lambda *views: torch.cat(views), *parts)
+    joined: Blocks = map_tensors(lambda *views: torch.cat(views), *parts)
     return joined
 
 
-def _map_tensors(function: Callable[..., Tensor], *parts: Any) -> Any:
+def map_tensors(function: Callable[..., Tensor], *parts: Any) -> Any:
     """The same tuple of tensors, Nones and tuples of these, of what the function makes of the tensors."""
     if parts[0] is None:
         return None
     if isinstance(parts[0], Tensor):
         return function(*parts)
-    return type(parts[0])(*(_map_tensors(function, *fields) for fields in zip(*parts, strict=True)))
+    return type(parts[0])(*(map_tensors(function, *fields) for fields in zip(*parts, strict=True)))
 
 
 def block_views(

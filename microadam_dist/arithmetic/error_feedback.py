@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..layout import ERROR_TENSORS, MAX_SCALED_BITS, num_levels, ternary_groups
+from ..layout import CODES_PER_BYTE, ERROR_TENSORS, MAX_SCALED_BITS, num_levels, ternary_groups
 
 # Of a bucket's largest magnitude; near the ones with the smallest error, and exact in fp32 for a bf16 number.
 _SCALE_FACTORS = {1: 3 / 8, 1.6: 5 / 8, 2: 1 / 2}
@@ -151,11 +151,12 @@ def unpack_codes(packed: Tensor, numel: int, bits: float) -> Tensor:
 
 def _pack_ternary(codes: Tensor) -> Tensor:
     """A byte is ``c0 + 3 c1 + 9 c2 + 27 c3 + 81 c4``."""
-    powers = 3 ** torch.arange(5, dtype=torch.uint8, device=codes.device).view(-1, 1)
+    powers = 3 ** torch.arange(CODES_PER_BYTE, dtype=torch.uint8, device=codes.device).view(-1, 1)
     packed = []
     for group in ternary_groups(codes.shape[1]):
         members = codes[:, group.start : group.start + group.numel]
-        digits = torch.nn.functional.pad(members, (0, 5 * group.width - group.numel)).view(-1, 5, group.width)
+        padded = torch.nn.functional.pad(members, (0, CODES_PER_BYTE * group.width - group.numel))
+        digits = padded.view(-1, CODES_PER_BYTE, group.width)
         packed.append((digits * powers).sum(dim=1, dtype=torch.uint8))
     return torch.cat(packed, dim=1)
 
@@ -165,7 +166,7 @@ def _unpack_ternary(packed: Tensor, numel: int) -> Tensor:
     for group in ternary_groups(numel):
         rest = packed[:, group.first_byte : group.first_byte + group.width]
         digits = []
-        for _ in range(5):
+        for _ in range(CODES_PER_BYTE):
             digits.append(rest % 3)
             rest = rest // 3
         codes.append(torch.cat(digits, dim=1)[:, : group.numel])

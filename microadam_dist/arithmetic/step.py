@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..config import MicroAdamConfig
-from .blocks import Blocks
+from .blocks import Blocks, map_tensors
 from .error_feedback import StoredError, decode_error, encode_error
 from .rounding import counters_from, round_weights, step_key
 from .scalars import MAGNITUDE_LIMIT, StepScalars
@@ -63,7 +63,7 @@ def stored_error(blocks: Blocks, config: MicroAdamConfig) -> Tensor | None:
     """The error feedback, (B, n) fp32; None where it is switched off."""
     if blocks.error is None:
         return None
-    stored = StoredError(*(None if part is None else part.flatten(0, 1) for part in blocks.error))  # type: ignore[arg-type]
+    stored: StoredError = map_tensors(lambda part: part.flatten(0, 1), blocks.error)
     return decode_error(stored, blocks.param.shape[2], bits=config.ef_bits, bucket_size=config.bucket_size)
 
 

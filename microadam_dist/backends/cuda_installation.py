@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 
@@ -58,7 +59,7 @@ def install_command(torch_cuda: str | None) -> str:
 def find_installation() -> CudaInstallation:
     """Look at this machine."""
     wheels = ((name, _version(name)) for name in _NVRTC_WHEELS)
-    loaded: dict[str, object] = {}
+    loaded: dict[str, Any] = {}
     error = None
     try:
         loaded = _load_nvrtc()
@@ -75,7 +76,7 @@ def find_installation() -> CudaInstallation:
         cuda_bindings=_version("cuda-bindings"),
         nvrtc_wheel=next((f"{name} {number}" for name, number in wheels if number), None),
         error=error,
-        **loaded,  # type: ignore[arg-type]
+        **loaded,
     )
 
 
@@ -86,7 +87,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _load_nvrtc() -> dict[str, object]:
+def _load_nvrtc() -> dict[str, Any]:
     """What only the loaded libraries tell; as `nvrtc.nvrtc_version`, which the kernels are compiled by.
 
     Raises:
@@ -98,7 +99,7 @@ def _load_nvrtc() -> dict[str, object]:
     if not hasattr(cuda.core, "Program"):
         raise ImportError(f"cuda-core {cuda.core.__version__} is too old")
     _, *number = nvrtc.nvrtcVersion()
-    found: dict[str, object] = {"nvrtc": tuple(number), "archs": tuple(nvrtc.nvrtcGetSupportedArchs()[1])}
+    found: dict[str, Any] = {"nvrtc": tuple(number), "archs": tuple(nvrtc.nvrtcGetSupportedArchs()[1])}
     with contextlib.suppress(ImportError):  # bindings before 12.9 have no pathfinder
         from cuda.pathfinder import load_nvidia_dynamic_lib
 

@@ -18,6 +18,9 @@ from .spans import ShardSpan as ShardSpan
 from .spans import are_positions as are_positions
 from .spans import plain_fqn as plain_fqn
 from .state import (
+    CODES_PER_BYTE as CODES_PER_BYTE,
+)
+from .state import (
     DENSE_TENSORS as DENSE_TENSORS,
 )
 from .state import (
