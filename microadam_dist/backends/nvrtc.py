@@ -8,9 +8,10 @@ import io
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,6 +20,7 @@ from . import __path__ as _FOLDERS
 from .cuda_installation import install_command
 
 SOURCE_NAME = "microadam.cu"
+T = TypeVar("T")
 
 
 def source_folder() -> Path:
@@ -113,15 +115,24 @@ def compile_verbosely(macros: Mapping[str, str | int], arch: str, source: Path |
     folder = source or source_folder()
     log = io.StringIO()
     options = compile_options(macros, arch, folder)
+    program = (folder / SOURCE_NAME).read_text(encoding="utf-8")
     try:
-        program = Program((folder / SOURCE_NAME).read_text(), "c++", options)
-        code = program.compile("cubin", logs=log).code
+        code = in_own_thread(lambda: Program(program, "c++", options).compile("cubin", logs=log).code)
     except Exception as error:  # cuda.core raises types of its own, which change
         raise BackendUnavailableError(
             f'backend="cuda": NVRTC {version[0]}.{version[1]} cannot compile the kernel for {arch}: {error}\n'
             f'{log.getvalue()}Update it, or use backend="reference".'
         ) from error
     return bytes(code), log.getvalue()
+
+
+def in_own_thread(compile: Callable[[], T]) -> T:
+    """What the function returns, called where it can do no harm to the caller.
+
+    NVRTC before 13 leaves the thread that called it in the C locale, where Python opens text files as ASCII.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(compile).result()
 
 
 def compile_options(macros: Mapping[str, str | int], arch: str, folder: Path) -> Any:

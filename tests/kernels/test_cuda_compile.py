@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
+import locale
 import re
 import subprocess
 import sys
@@ -190,7 +191,10 @@ def test_compiles_with_cuda_12(arch: str, setting: tuple[int, float], nvrtc_12: 
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
     source = (folder / nvrtc.SOURCE_NAME).read_bytes()
     assert nvrtc_12.nvrtcCreateProgram(ctypes.byref(program), source, b"microadam.cu", 0, None, None) == 0
-    status = nvrtc_12.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
+    arguments = program, len(options), (ctypes.c_char_p * len(options))(*options)
+    encoding = locale.getpreferredencoding(False)
+    status = nvrtc.in_own_thread(lambda: nvrtc_12.nvrtcCompileProgram(*arguments))
+    assert locale.getpreferredencoding(False) == encoding
     assert nvrtc_12.nvrtcGetProgramLogSize(program, ctypes.byref(size)) == 0
     log = ctypes.create_string_buffer(size.value)
     assert nvrtc_12.nvrtcGetProgramLog(program, log) == 0
