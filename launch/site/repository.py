@@ -33,7 +33,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         if not path.is_relative_to(pages):
             files.append(File.generated(config, _uri(path, pages), abs_src_path=str(path)))
         if path.suffix == ".md":
-            todo += [Path(posixpath.normpath(path.parent / link)) for link in LINK.findall(path.read_text())]
+            todo += [
+                Path(posixpath.normpath(path.parent / link)) for link in LINK.findall(path.read_text(encoding="utf-8"))
+            ]
     return files
 
 

@@ -104,7 +104,7 @@ def _whole_weights(folder: Path) -> WholeTensors:
 
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = set(json.loads(index.read_text())["weight_map"].values())
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     elif (folder / "model.safetensors").is_file():
         names = {"model.safetensors"}
     else:
