@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 import time
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional
 from torch.optim import Optimizer
 from transformers import get_scheduler
 
@@ -35,7 +38,11 @@ def train(run: Run, task: Task, entry: OptimizerEntry, folder: Path, device: str
     start = time.perf_counter()
     torch.manual_seed(run.seed)
     problem = Problem(task, folder, device)
-    model = problem.make_model().to({"fp32": torch.float32, "bf16": torch.bfloat16}[entry.weights])
+    model = problem.make_model()
+    if entry.weights == "bf16":
+        model.bfloat16()
+        if device == "cpu":
+            _multiply_in_fp32(model)
     optimizer = build_optimizer(entry.type, list(model.named_parameters()), run.lr, entry.settings)
     schedule = get_scheduler("cosine", optimizer, round(entry.warmup * task.steps), task.steps)
     interval = -(-task.steps // _CURVE_POINTS)
@@ -89,6 +96,21 @@ def train(run: Run, task: Task, entry: OptimizerEntry, folder: Path, device: str
         if not math.isfinite(record["validation"]["loss"]):
             record |= {"validation": None, "test": None, "diverged": True}
     return record | {"seconds": time.perf_counter() - start}
+
+
+def _multiply_in_fp32(model: nn.Module) -> None:
+    """Products of 16-bit matrices as units for bf16 have them: summed in fp32 and rounded once.
+
+    That is what torch does as well, at a twentieth of the speed on a CPU without such units.
+    """
+    for linear in model.modules():
+        if isinstance(linear, nn.Linear):
+            linear.forward = functools.partial(_linear, linear)  # type: ignore[method-assign]
+
+
+def _linear(module: nn.Linear, inputs: Tensor) -> Tensor:
+    bias = None if module.bias is None else module.bias.float()
+    return functional.linear(inputs.float(), module.weight.float(), bias).to(inputs.dtype)
 
 
 def _norms(optimizer: Optimizer) -> dict[str, float]:
