@@ -219,7 +219,10 @@ class Options:
     ] = False
     gradient_release: Annotated[
         bool,
-        _run("--gradient-release", help="One process: update weights in the backward pass and free each gradient."),
+        _run(
+            "--gradient-release",
+            help="One process, or FSDP2: update weights in the backward pass and free each gradient.",
+        ),
     ] = False
     loss_chunk: Annotated[int | None, _run(min=1, help="One process: tokens whose logits exist at a time.")] = None
     seed: Annotated[int, _run()] = 0
@@ -318,19 +321,29 @@ def _resolve_one_process(options: Options) -> Options:
         )
     if options.offload_activations and not options.gradient_checkpointing:
         raise UserError("--offload-activations moves what --gradient-checkpointing keeps: add that")
-    names = [name for name in ("single_gpu", "gradient_release", "loss_chunk") if getattr(options, name)]
-    if not names:
-        return options
-    flag = _flag(names[0])
-    if "RANK" in os.environ:  # one rank, too, would be wrapped in DDP, whose buckets are as large as all gradients
-        raise UserError(f"{flag} is for one process without ranks: start it with python, not torchrun")
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        raise UserError(f"{flag} is for one process without FSDP: start it with python")
-    if options.deepspeed:
-        raise UserError(f"{flag} and --deepspeed exclude each other: DeepSpeed reduces gradients and owns the weights")
+    for name in ("single_gpu", "gradient_release", "loss_chunk"):
+        if getattr(options, name) and not (name == "gradient_release" and _is_fsdp2()):
+            _require_one_process(options, _flag(name))
     if options.loss_chunk and options.dtype not in (Dtype.pure_bf16, Dtype.fp32):
         raise UserError("--loss-chunk has no mixed precision: add --dtype pure-bf16 or fp32")
-    return _resolve_release(options, flag) if options.gradient_release else options
+    if not options.gradient_release:
+        return options
+    return _resolve_release(options, "--single-gpu" if options.single_gpu else "--gradient-release")
+
+
+def _is_fsdp2() -> bool:
+    """Whether ``accelerate launch`` has started this with FSDP2, where gradients are complete when they appear."""
+    return os.environ.get("ACCELERATE_USE_FSDP") == "true" and os.environ.get("FSDP_VERSION") == "2"
+
+
+def _require_one_process(options: Options, flag: str) -> None:
+    fsdp2 = "; it also works under configs/accelerate/fsdp2.yaml" if flag == "--gradient-release" else ""
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        raise UserError(f"{flag} is for one process without FSDP: start it with python{fsdp2}")
+    if "RANK" in os.environ:  # one rank, too, would be wrapped in DDP, whose buckets are as large as all gradients
+        raise UserError(f"{flag} is for one process without ranks: start it with python, not torchrun{fsdp2}")
+    if options.deepspeed:
+        raise UserError(f"{flag} and --deepspeed exclude each other: DeepSpeed reduces gradients and owns the weights")
 
 
 def _resolve_release(options: Options, flag: str) -> Options:

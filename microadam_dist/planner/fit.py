@@ -42,7 +42,7 @@ def capacity(nominal_gb: int) -> int:
 
     Where there is no such GPU, as many GiB.
     """
-    sizes = [gpu.num_bytes for gpu in GPUS if gpu.nominal_gb == nominal_gb and "T4" not in gpu.names]
+    sizes = [gpu.num_bytes for gpu in GPUS if gpu.nominal_gb == nominal_gb and gpu.bf16]
     return min(sizes, default=nominal_gb * 2**30)
 
 

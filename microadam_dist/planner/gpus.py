@@ -21,11 +21,13 @@ class Gpu:
         nominal_gb: Its class, as sold.
         gib: What PyTorch reports as "total capacity" in its out-of-memory messages, the smallest of the boards: less
             than the nominal size, which counts what ECC and the driver take.
+        bf16: Whether it trains in it.
     """
 
     names: str
     nominal_gb: int
     gib: float
+    bf16: bool = True
 
     @property
     def num_bytes(self) -> int:
@@ -36,7 +38,7 @@ class Gpu:
 GPUS = (
     Gpu("RTX 3070, RTX 4060", 8, 7.60),
     Gpu("RTX 3060, RTX 4070", 12, 11.49),
-    Gpu("T4", 16, 14.56),
+    Gpu("T4", 16, 14.56, bf16=False),
     Gpu("V100, RTX 4080", 16, 15.57),
     Gpu("A10, L4", 24, 22.03),
     Gpu("RTX 3090, RTX 4090", 24, 23.64),

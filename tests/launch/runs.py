@@ -50,7 +50,8 @@ def train(rank: int, world_size: int, options: dict[str, Any]) -> None:
 
     if "shard_state" in options:
         options["shard_state"] = Exchange(options["shard_state"])
-    train(Options(**options, dtype=Dtype.pure_bf16 if "pure_bf16" in str(options.get("deepspeed")) else None))
+    dtype = "pure-bf16" if "pure_bf16" in str(options.get("deepspeed")) else options.pop("dtype", None)
+    train(Options(**options, dtype=dtype and Dtype(dtype)))
 
 
 def loaded_numel(folder: Path) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from microadam_dist import CheckpointMismatchError, MicroAdam
@@ -55,6 +56,18 @@ def test_trains_and_resumes_exactly(config: str, shard_state: str | None, text: 
     checkpoint = str(tmp_path / "straight" / "checkpoint-6")
     train_under(config, options(text, tmp_path / "resumed", resume=checkpoint, **more))
     assert_same_run(tmp_path / "resumed", tmp_path / "straight")
+
+
+def test_gradients_are_released_under_fsdp2(text: Path, tmp_path: Path) -> None:
+    """The weights of a model folder reach all ranks, and the recipe for 8 GPUs has the bits of the normal step."""
+    train_under("single_gpu", options(text, tmp_path / "model", dtype="pure-bf16", steps=1, save_steps=None))
+    recipe = yaml.safe_load((ROOT / "configs" / "single_gpu" / "70b_8x40gb.yaml").read_text())
+    assert recipe.pop("gradient_release")
+    model = {"model_config": None, "model": str(tmp_path / "model"), "steps": 4}
+    for folder, how in (("released", {"gradient_release": True}), ("normal", {"clip": 0.0})):
+        run = options(text, tmp_path / folder, **{**recipe, "seq_len": 64, "save_steps": None, **model, **how})
+        assert train_under("fsdp2", run)["engine"] == "FSDP2"
+    assert_same_run(tmp_path / "released", tmp_path / "normal")
 
 
 def test_engines_reach_the_same_loss(text: Path, tmp_path: Path) -> None:
