@@ -24,7 +24,11 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._sizes: dict[int, int] = {}
-        self._known = {tensor.untyped_storage()._cdata for tensor in gc.get_objects() if _is_plain(tensor)}
+        self._known: set[int] = set()
+        for tensor in filter(_is_plain, gc.get_objects()):
+            storage = tensor.untyped_storage()
+            self._known.add(storage._cdata)
+            weakref.finalize(storage, self._known.discard, storage._cdata)  # another may get its address
         self._resize = torch.UntypedStorage.resize_
 
     def __enter__(self) -> Any:
