@@ -38,7 +38,7 @@ IMPORTS = {  # extra -> what it is for
 TRY = """
 import json, torch
 from microadam_dist import MicroAdam
-from microadam_dist.backends.registry import select_backend
+from microadam_dist.backends.select import select_backend
 def weights(backend):
     torch.manual_seed(0)
     model = torch.nn.Linear(512, 512)
