@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import faulthandler
 import functools
-import os
 import random
 import shutil
 from collections import Counter
@@ -14,11 +13,12 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from tests.amount import amount
 from tests.checkpoint.subjects import make_subjects, same
 from tests.ranks import run_ranks
 
 pytestmark = [pytest.mark.deepspeed, pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
-NUM_MUTANTS = int(os.environ.get("MICROADAM_TEST_MUTANTS", "50"))
+NUM_MUTANTS = amount(500)
 AT_A_TIME = 50
 SECONDS = 60  # to load one
 

@@ -21,6 +21,7 @@ from microadam_dist.backends.reference import ReferenceBackend
 from microadam_dist.checkpoint.reshard import Resharder, SourceShard
 from microadam_dist.engines.cuts import zero12_shard
 from microadam_dist.layout import ERROR_TENSORS, WINDOW_TENSORS, ShardSpan, StateLayout
+from tests.amount import amount
 
 from .blocks import assert_same, blocks, dense
 
@@ -274,7 +275,7 @@ def test_a_part_that_differs_from_the_whole_is_refused() -> None:
     Resharder([part(0, 300), part(200, 300), part(500, 100)])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=amount(250), deadline=None)
 @given(st.lists(st.integers(1, 8), min_size=2, max_size=4))
 def test_any_chain_of_row_shardings_is_the_identity(chain: list[int]) -> None:
     source = shards = train(row_layouts(chain[0]), num_steps=2)

@@ -1,6 +1,6 @@
 """Whatever happens to a training, in any order: its bits are the scalar oracle's, and what is refused changes nothing.
 
-Hypothesis draws the operations. ``MICROADAM_TEST_OPERATIONS`` says how many, 1,000 by default.
+Hypothesis draws the operations.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from hypothesis.stateful import precondition, rule, run_state_machine_as_test
 
 from microadam_dist import CheckpointMismatchError, ConfigError, MicroAdam
 from microadam_dist.checkpoint.reshard import Resharder, SourceShard
+from tests.amount import amount
 
 from .operations import NUMBERS, SEEDS, Training, has_state, is_whole
 from .virtual_ranks import Cut, Saved, Whole
 
-NUM_OPERATIONS = int(os.environ.get("MICROADAM_TEST_OPERATIONS", "1000"))
+NUM_OPERATIONS = amount(5000)
 STEPS_OF_AN_EXAMPLE = 50
 OPTIONS = settings(stateful_step_count=STEPS_OF_AN_EXAMPLE, deadline=None, suppress_health_check=list(HealthCheck))
 

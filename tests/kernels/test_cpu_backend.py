@@ -20,6 +20,7 @@ from microadam_dist.backends.cpu import CpuBackend
 from microadam_dist.backends.select import AutoBackend, select_backend
 from microadam_dist.config import MicroAdamConfig
 from microadam_dist.errors import BackendUnavailableError, ConfigError
+from tests.amount import amount
 
 from .cases import BF16, FP16, FP32, GRADIENTS, KERNEL_CASES, Case, is_replayed, part, replay_case, run_case
 from .checks import (
@@ -84,7 +85,7 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=amount(600))
 @given(case=cases())
 def test_bit_identical_to_the_reference_with_any_settings(case: Case) -> None:
     for isa in ISAS:

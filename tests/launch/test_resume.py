@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import time
@@ -12,12 +11,13 @@ from typing import Any
 
 import pytest
 
+from tests.amount import amount
 from tests.launch.runs import ROOT, assert_same_run, train
 from tests.launch.runs import options_with_checkpoints as options
 from tests.ranks import RankError, run_ranks, started_ranks
 
 pytestmark = pytest.mark.deepspeed
-NUM_KILLS = int(os.environ.get("MICROADAM_TEST_KILLS", "4"))
+NUM_KILLS = amount(20)
 
 
 @pytest.mark.parametrize("config", ["zero0_fp32", "zero2_bf16", "zero3_bf16", "zero2_bf16_master_free", None])

@@ -15,6 +15,7 @@ from microadam_dist.planner.engines import Dtype, Engine, Precision, rank_shards
 from microadam_dist.planner.gpus import CONTEXT_BYTES, GIB, GPUS, needed_bytes, smallest_gpu
 from microadam_dist.planner.memory import Job, Optimizer, make_plan, state_bytes
 from microadam_dist.planner.shapes import LlamaShape, Shapes, numel
+from tests.amount import amount
 from tests.planner.rank_memory import rank_memory
 
 SHAPE = LlamaShape(hidden=64, intermediate=128, num_layers=1, vocab=100, num_heads=2, num_kv_heads=1, head_dim=32)
@@ -86,7 +87,7 @@ shapes = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=amount(600), deadline=None)
 @given(shapes, st.integers(1, 6), st.sampled_from(SUPPORTED_EF_BITS), st.sampled_from([1, 3]))
 def test_state_of_row_shards_sums_to_the_whole(
     sizes: list[tuple[int, ...]], world_size: int, ef_bits: float, window_size: int
@@ -101,7 +102,7 @@ def test_state_of_row_shards_sums_to_the_whole(
         assert max(ranks, key=lambda rank: rank.optimizer).optimizer == ranks[0].optimizer
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=amount(600), deadline=None)
 @given(shapes, st.integers(1, 6), st.sampled_from(list(Engine)))
 def test_shards_tile_the_parameters(sizes: list[tuple[int, ...]], world_size: int, engine: Engine) -> None:
     units: list[Shapes] = [{str(index): shape} for index, shape in enumerate(sizes)]

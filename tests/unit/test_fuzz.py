@@ -18,6 +18,7 @@ from microadam_dist.config import MicroAdamConfig
 from microadam_dist.errors import MicroAdamError
 from microadam_dist.layout import ShardSpan, StateLayout
 from microadam_dist.planner.shapes import read_shape
+from tests.amount import amount
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "launch"))  # as Python does for a script there
@@ -63,19 +64,19 @@ def reads(read: Callable[[], Any], errors: tuple[type[Exception], ...]) -> None:
         assert str(error)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=amount(1000))
 @given(entry=changed(describe_layouts({0: LAYOUT}, 0, 2)) | values)
 def test_description_of_state(entry: Any) -> None:
     reads(lambda: read_layouts(entry), (MicroAdamError,))
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=amount(1000))
 @given(group=changed(SETTINGS))
 def test_settings(group: Any) -> None:
     reads(lambda: MicroAdamConfig.from_dict(group), (MicroAdamError,))
 
 
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=amount(1000), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=(changed(MODEL) | values).map(json.dumps).map(str.encode) | st.binary(max_size=30))
 def test_model_configurations(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "config.json"
@@ -83,7 +84,7 @@ def test_model_configurations(content: bytes, tmp_path: Path) -> None:
     reads(lambda: read_shape(path), (MicroAdamError,))
 
 
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=amount(1000), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=(changed(DEEPSPEED) | values).map(json.dumps).map(str.encode) | st.binary(max_size=30))
 def test_deepspeed_configurations(content: bytes, tmp_path: Path) -> None:
     from training.errors import UserError
@@ -99,7 +100,7 @@ records = changed({"text": "hello"}) | changed({"prompt": "a", "response": "b"})
 lines = records.map(json.dumps).map(str.encode) | st.binary(max_size=20)
 
 
-@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=amount(1000), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.lists(lines, max_size=4).map(b"\n".join), suffix=st.sampled_from([".jsonl", ".txt"]))
 def test_training_text(content: bytes, suffix: str, tmp_path: Path) -> None:
     from training.errors import UserError
