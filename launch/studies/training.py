@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
-from transformers import get_scheduler
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, get_scheduler
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from microadam_dist.arithmetic.blocks import block_views
 from microadam_dist.arithmetic.step import stored_error
@@ -101,16 +103,28 @@ def train(run: Run, task: Task, entry: OptimizerEntry, folder: Path, device: str
 def _multiply_in_fp32(model: nn.Module) -> None:
     """Products of 16-bit matrices as units for bf16 have them: summed in fp32 and rounded once.
 
-    That is what torch does as well, at a twentieth of the speed on a CPU without such units.
+    That is what torch does as well, at a twentieth of the speed on a CPU without such units. Attention is computed in
+    fp32 as a whole, and rounded.
     """
     for linear in model.modules():
         if isinstance(linear, nn.Linear):
             linear.forward = functools.partial(_linear, linear)  # type: ignore[method-assign]
+    if isinstance(model, PreTrainedModel):
+        AttentionInterface.register("sdpa_in_fp32", _attention)
+        AttentionMaskInterface.register("sdpa_in_fp32", sdpa_mask)
+        model.set_attn_implementation("sdpa_in_fp32")
 
 
 def _linear(module: nn.Linear, inputs: Tensor) -> Tensor:
     bias = None if module.bias is None else module.bias.float()
     return functional.linear(inputs.float(), module.weight.float(), bias).to(inputs.dtype)
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, None]:
+    output, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), *args, **kwargs)
+    return output.to(query.dtype), None
 
 
 def _norms(optimizer: Optimizer) -> dict[str, float]:
