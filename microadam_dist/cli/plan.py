@@ -117,7 +117,7 @@ def show_proposals(name: str, shape: LlamaShape, job: Job, fit: int, json_file: 
         title=title,
         caption=f"It has {capacity(fit) / GIB:.2f} GiB. Sizes in GiB; needed are the peak, {FRAGMENTATION:.0%} "
         f"fragmentation and {CONTEXT_BYTES / GIB} GiB for CUDA. Activations in host memory (--offload-activations) "
-        "cost two copies of each layer's input a step; what fewer bits (--ef-bits) cost: "
+        "are copied there and back in each step; what fewer bits (--ef-bits) cost: "
         "launch/studies/results/RESULTS.md.",
     )
     table.add_column("ef bits", justify="right")
@@ -127,7 +127,7 @@ def show_proposals(name: str, shape: LlamaShape, job: Job, fit: int, json_file: 
     for proposal in found:
         table.add_row(
             f"{proposal.job.config.ef_bits:g}",
-            "in host memory" if proposal.job.offload_activations else "on the GPU",
+            f"{proposal.host / GIB:.2f} in host memory" if proposal.job.offload_activations else "on the GPU",
             *(f"{size / GIB:.2f}" for size in (proposal.state, proposal.peak, proposal.needed)),
             str(proposal.batch or "-"),
             str(proposal.seq or "-"),

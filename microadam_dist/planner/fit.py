@@ -25,6 +25,7 @@ class Proposal:
         state: Bytes of optimizer state on the fullest rank.
         peak: Bytes there in all.
         needed: What a GPU must have for that, see `needed_bytes`.
+        host: Bytes of activations that each step moves to host memory and back.
         seq: The longest sequence that fits in a batch of one, a power of two; 0: none does.
         batch: The largest batch of sequences as long as the job's; 0: none fits.
     """
@@ -33,6 +34,7 @@ class Proposal:
     state: int
     peak: int
     needed: int
+    host: int
     seq: int
     batch: int
 
@@ -85,6 +87,7 @@ def _proposal(shape: LlamaShape, job: Job, num_bytes: int) -> Proposal:
         state=plan.optimizer_state,
         peak=plan.total,
         needed=needed_bytes(plan.total),
+        host=plan.host,
         seq=2 ** (doublings - 1) if doublings else 0,
         batch=_largest(lambda n: fits(n, job.seq), MAX_TOKENS // job.seq),
     )
