@@ -63,11 +63,13 @@ def test_gradients_are_released_under_fsdp2(text: Path, tmp_path: Path) -> None:
     train_under("single_gpu", options(text, tmp_path / "model", dtype="pure-bf16", steps=1, save_steps=None))
     recipe = yaml.safe_load((ROOT / "configs" / "single_gpu" / "70b_8x40gb.yaml").read_text())
     assert recipe.pop("gradient_release")
-    model = {"model_config": None, "model": str(tmp_path / "model"), "steps": 4}
-    for folder, how in (("released", {"gradient_release": True}), ("normal", {"clip": 0.0})):
-        run = options(text, tmp_path / folder, **{**recipe, "seq_len": 64, "save_steps": None, **model, **how})
-        assert train_under("fsdp2", run)["engine"] == "FSDP2"
-    assert_same_run(tmp_path / "released", tmp_path / "normal")
+    recipe |= {"model_config": None, "model": str(tmp_path / "model"), "seq_len": 64, "steps": 4, "metrics_every": 2}
+    released = {"gradient_release": True, "save_steps": 2}
+    resumed = {"gradient_release": True, "save_steps": None, "resume": str(tmp_path / "released" / "checkpoint-2")}
+    for folder, how in (("released", released), ("resumed", resumed), ("normal", {"clip": 0.0, "save_steps": None})):
+        assert train_under("fsdp2", options(text, tmp_path / folder, **recipe, **how))["engine"] == "FSDP2"
+    for folder in ("released", "resumed"):
+        assert_same_run(tmp_path / folder, tmp_path / "normal")
 
 
 def test_engines_reach_the_same_loss(text: Path, tmp_path: Path) -> None:
