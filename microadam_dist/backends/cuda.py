@@ -9,7 +9,6 @@ import ctypes
 import functools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -22,16 +21,18 @@ from . import nvrtc
 from .base import DeviceInputs, TensorStep
 from .cuda_launch import (
     SCALARS_BYTES,
+    FilledLaunch,
     Launch,
     LaunchTables,
     address_rows,
+    addresses_of,
     are_aligned,
     device_inputs,
-    fill_launch,
     group_by_kernel,
     host_scalars,
     kernel_macros,
     launch_tables,
+    signature_of,
     step_factors,
     window_weights,
 )
@@ -69,7 +70,8 @@ class CudaBackend:
                 f'backend="cuda": the installed NVRTC is of CUDA {major}, the driver runs CUDA {supported} at most. '
                 f"Update the driver, or pip install 'cuda-core[cu{supported}]'."
             )
-        self._prepared: dict[Any, Sequence[_Prepared]] = {}  # as long as their layouts live
+        self._prepared: dict[Any, Sequence[_Prepared]] = {}  # this and the next as long as their layouts live
+        self._calls: dict[Any, tuple[Any, Sequence[_Call]]] = {}
         self._captured: set[LaunchTables] = set()  # a CUDA graph needs them
         self._constants: dict[Any, Tensor] = {}
         self._compiled: dict[Any, dict[str, Any]] = {}
@@ -122,52 +124,63 @@ class CudaBackend:
             return 0
         device = tensors[0].param.device
         self.check(device)
-        grads = readable_grads(tensors)
         # To switch to the device where it is the current one already takes longer than to ask.
-        with nullcontext() if torch.cuda.current_device() == device.index else torch.cuda.device(device):
-            # A captured step counts from zero at every replay.
-            skipped = self._count(device) if inputs is None else torch.zeros((), dtype=torch.int32, device=device)
-            rows = address_rows(tensors, grads)
-            aligned = are_aligned(rows)
-            for members in group_by_kernel(tensors, grads, aligned):
-                group, group_rows = [tensors[i] for i in members], [rows[i] for i in members]
-                prepared = self._prepare([tensor.layout for tensor in group], aligned[members[0]], device)
-                self._launch(prepared, group, group_rows, grads[members[0]], config, grad_scale, inputs, skipped)
+        if torch.cuda.current_device() == device.index:
+            return self._step_on(device, tensors, config, grad_scale, inputs)
+        with torch.cuda.device(device):
+            return self._step_on(device, tensors, config, grad_scale, inputs)
+
+    def _step_on(
+        self,
+        device: torch.device,
+        tensors: Sequence[TensorStep],
+        config: MicroAdamConfig,
+        grad_scale: float,
+        inputs: DeviceInputs | None,
+    ) -> Tensor:
+        stream = torch._C._cuda_getCurrentRawStream(device.index)  # `current_stream` makes an object: longer
+        # A captured step counts from zero at every replay.
+        skipped = self._count(device, stream) if inputs is None else torch.zeros((), dtype=torch.int32, device=device)
+        grads = readable_grads(tensors)
+        addresses = addresses_of(grads)
+        for call in self._calls_for(tensors, grads, addresses, device):
+            own = addresses if len(call.members) == len(addresses) else [addresses[i] for i in call.members]
+            self._launch(call, tensors[call.members[0]], own, config, grad_scale, inputs, skipped, stream)
         return skipped
 
     def _launch(
         self,
-        prepared: Sequence[_Prepared],
-        tensors: Sequence[TensorStep],
-        rows: Sequence[tuple[int, ...]],
-        first_grad: Tensor | None,
+        call: _Call,
+        first: TensorStep,
+        grads: Sequence[int],
         config: MicroAdamConfig,
         grad_scale: float,
         inputs: DeviceInputs | None,
         skipped: Tensor,
+        stream: int,
     ) -> None:
-        param = tensors[0].param
-        device, grad_dtype = param.device, None if first_grad is None else first_grad.dtype
-        key = config.rounding, param.dtype, grad_dtype  # what else decides about the code is the same in all layouts
-        on_device = None if inputs is None else torch.empty(len(rows) * SCALARS_BYTES, dtype=torch.uint8, device=device)
-        for number, (tables, all_kernels) in enumerate(prepared):
+        device, dtype, grad_dtype = first.param.device, first.param.dtype, call.grad_dtype
+        key = config.rounding, dtype, grad_dtype  # what else decides about the code is the same in all layouts
+        weights, scalars = self._weights(config, device), host_scalars(first.step, config, grad_scale)
+        on_device = (
+            None if inputs is None else torch.empty(len(grads) * SCALARS_BYTES, dtype=torch.uint8, device=device)
+        )
+        for number, (tables, all_kernels, filled) in enumerate(call.launches):
             if (kernels := all_kernels.get(key)) is None:
-                kernels = self._kernels(kernel_macros(tables, config, param.dtype, grad_dtype), device)
-                all_kernels[key] = kernels
+                kernels = all_kernels[key] = self._kernels(kernel_macros(tables, config, dtype, grad_dtype), device)
             flags = torch.zeros(tables.num_runs, dtype=torch.int32, device=device) if tables.has_dense_runs else None
-            launch = fill_launch(tables, rows, self._weights(config, device), skipped, flags)
-            launch.scalars = host_scalars(tensors[0].step, config, grad_scale)  # a copy
+            launch = filled.fill(scalars, weights, skipped, flags, grads)
             if inputs is not None and on_device is not None:
                 launch.inputs = device_inputs(inputs, config, self._factors(config, device))
                 launch.device_scalars = on_device.data_ptr()
                 if number == 0:  # it counts the step
-                    self._run(kernels["microadam_scalars"], -(-len(rows) // 32), 32, launch, device)
-            self._run(kernels["microadam_step"], tables.num_blocks, tables.shape.threads, launch, device)
+                    self._run(kernels["microadam_scalars"], -(-len(grads) // 32), 32, launch, stream)
+            self._run(kernels["microadam_step"], tables.num_blocks, tables.shape.threads, launch, stream)
 
-    def _run(self, kernel: Any, num_blocks: int, num_threads: int, launch: Launch, device: torch.device) -> None:
+    def _run(self, kernel: Any, num_blocks: int, num_threads: int, launch: Launch, stream: int) -> None:
         parameters = _Parameters(ctypes.addressof(launch))  # copied by the call
         shape = (num_blocks, 1, 1, num_threads, 1, 1)
-        self._call(self._driver.cuLaunchKernel(kernel, *shape, 0, _stream(device), ctypes.addressof(parameters), 0))
+        self._call(self._driver.cuLaunchKernel(kernel, *shape, 0, stream, ctypes.addressof(parameters), 0))
 
     def _call(self, result: tuple[Any, ...]) -> Any:
         """What a driver function returned beside its error code."""
@@ -178,23 +191,52 @@ class CudaBackend:
 
     # ---------------------------------------------------------------- what is made once
 
+    def _calls_for(
+        self,
+        tensors: Sequence[TensorStep],
+        grads: Sequence[Tensor | None],
+        addresses: Sequence[int],
+        device: torch.device,
+    ) -> Sequence[_Call]:
+        """The calls for these tensors: those of the step before, if nothing but scalars and gradients has changed."""
+        layouts = [tensor.layout for tensor in tensors]
+        key = (device, *map(id, layouts))  # to hash layouts takes long
+        signature, known = signature_of(tensors, grads, addresses), self._calls.get(key)
+        # What a CUDA graph needs is kept by `_prepare`.
+        if known is not None and known[0] == signature and not torch.cuda.is_current_stream_capturing():
+            return known[1]
+        if known is None:
+            _make_room(self._calls, key, layouts)
+        calls = self._make_calls(tensors, grads, device)
+        self._calls[key] = signature, calls
+        return calls
+
+    def _make_calls(
+        self, tensors: Sequence[TensorStep], grads: Sequence[Tensor | None], device: torch.device
+    ) -> Sequence[_Call]:
+        calls, rows = [], address_rows(tensors, grads)
+        aligned = are_aligned(rows)
+        for members in group_by_kernel(tensors, grads, aligned):
+            prepared = self._prepare([tensors[i].layout for i in members], aligned[members[0]], device)
+            own, grad = [rows[i] for i in members], grads[members[0]]
+            launches = [_Launch(tables, kernels, FilledLaunch(tables, own)) for tables, kernels in prepared]
+            calls.append(_Call(members, None if grad is None else grad.dtype, launches))
+        return calls
+
     def _prepare(self, layouts: Sequence[StateLayout], is_aligned: bool, device: torch.device) -> Sequence[_Prepared]:
         key = (device, is_aligned, *map(id, layouts))  # to hash layouts takes long
         if (prepared := self._prepared.get(key)) is None:
             _refuse_capture()
-            if len(self._prepared) == MAX_LAUNCH_TABLES:
-                self._prepared.pop(next(iter(self._prepared)))
+            _make_room(self._prepared, key, layouts)
             tables = launch_tables(layouts, is_aligned, device)
             prepared = self._prepared[key] = [_Prepared(t, {}) for t in tables if t.num_blocks]
-            for layout in layouts:
-                weakref.finalize(layout, self._prepared.pop, key, None).atexit = False
         if torch.cuda.is_current_stream_capturing():
             self._captured.update(tables for tables, _ in prepared)
         return prepared
 
-    def _count(self, device: torch.device) -> Tensor:
+    def _count(self, device: torch.device, stream: int) -> Tensor:
         """A zero, 0-dim int32. One allocation and one kernel make many, in the order of this stream."""
-        key = device, _stream(device)
+        key = device, stream
         if not self._counts.get(key):
             self._counts[key] = list(torch.zeros(COUNTS_AT_ONCE, dtype=torch.int32, device=device).unbind())
         return self._counts[key].pop()
@@ -236,14 +278,33 @@ class _Prepared(NamedTuple):
     kernels: dict[Any, dict[str, Any]]
 
 
-def _stream(device: torch.device) -> int:
-    """The handle of the current stream; `torch.cuda.current_stream` makes an object for it, which takes longer."""
-    return torch._C._cuda_getCurrentRawStream(device.index)
+class _Launch(NamedTuple):
+    """One of the launches of a call."""
+
+    tables: LaunchTables
+    kernels: dict[Any, dict[str, Any]]
+    filled: FilledLaunch
+
+
+class _Call(NamedTuple):
+    """What is launched for the tensors at some positions, of the same dtypes, step and alignment."""
+
+    members: Sequence[int]
+    grad_dtype: torch.dtype | None
+    launches: Sequence[_Launch]
 
 
 @functools.cache
 def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
+
+
+def _make_room(cache: dict[Any, Any], key: Any, layouts: Sequence[StateLayout]) -> None:
+    """For what is kept of these layouts as long as they live."""
+    if len(cache) == MAX_LAUNCH_TABLES:
+        cache.pop(next(iter(cache)))
+    for layout in layouts:
+        weakref.finalize(layout, cache.pop, key, None).atexit = False
 
 
 def _refuse_capture() -> None:

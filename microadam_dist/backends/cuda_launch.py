@@ -7,10 +7,12 @@ import functools
 import math
 import operator
 import struct
+from array import array
 from collections.abc import Iterable, Sequence
 from ctypes import Structure, c_double, c_int32, c_int64, c_uint32, c_void_p
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -232,6 +234,33 @@ def address_rows(tensors: Sequence[TensorStep], grads: Sequence[Tensor | None]) 
     return list(zip(addresses.param, addresses.grad, *addresses.state, addresses.counter, strict=True))
 
 
+def addresses_of(tensors: Iterable[Tensor | None]) -> list[int]:
+    """Their addresses; 0 where there is none."""
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def signature_of(
+    tensors: Sequence[TensorStep], grads: Sequence[Tensor | None], grad_addresses: Sequence[int]
+) -> tuple[Any, ...]:
+    """What decides about the launches for tensors of some layouts: as long as it is the same, they are.
+
+    Args:
+        tensors: The tensors.
+        grads: See `readable_grads`.
+        grad_addresses: Of these; they may change, but not whether they are multiples of 16.
+    """
+    params, _, states, layouts, steps, counters = zip(*tensors, strict=True)
+    of_state = [state[name] for state, layout in zip(states, layouts, strict=True) for name in layout.tensors]
+    return (
+        [*map(Tensor.data_ptr, params), *map(Tensor.data_ptr, of_state)],
+        [counter.data_ptr() for counter in counters if counter is not None],
+        [param.dtype for param in params],
+        [None if grad is None else grad.dtype for grad in grads],
+        [address & 15 for address in grad_addresses] if functools.reduce(operator.or_, grad_addresses) & 15 else None,
+        steps if steps.count(steps[0]) != len(steps) else None,
+    )
+
+
 def are_aligned(rows: Iterable[tuple[int, ...]]) -> list[bool]:
     """For each tensor whether all of its pointers are multiples of 16, but for that of its counter."""
     *columns, _ = zip(*rows, strict=True)
@@ -241,37 +270,55 @@ def are_aligned(rows: Iterable[tuple[int, ...]]) -> list[bool]:
     return [b % 16 == 0 for b in bits]
 
 
-def fill_launch(
-    tables: LaunchTables,
-    rows: Sequence[tuple[int, ...]],
-    weights: Tensor,
-    num_skipped: Tensor,
-    dense_flags: Tensor | None,
-) -> Launch:
-    """Everything but the scalars.
+class FilledLaunch:
+    """A launch for tensors that stay where they are: what changes from step to step is written into it.
 
     Args:
         tables: Of the launch.
         rows: See `address_rows`; at most `MAX_TENSORS`.
-        weights: See `window_weights`.
-        num_skipped: int32; the number of skipped blocks is added to its first element.
-        dense_flags: int32, zeros, one for each run of the tables; None where there is no dense run.
     """
-    weights_address = weights.data_ptr()
-    head = (
-        weights_address,
-        weights_address + weights.nbytes // 2,
-        tables.runs.data_ptr(),
-        tables.first_runs.data_ptr(),
-        num_skipped.data_ptr(),
-        0 if dense_flags is None else dense_flags.data_ptr(),
-        len(rows),
-    )
-    # All fields from here on have 64 bits; to set them one by one takes several times as long.
-    num_values = len(head) + len(rows) * len(_Tensor._fields_)
-    launch = Launch()
-    struct.pack_into(f"{num_values}q", launch, Launch.m_weights.offset, *head, *chain.from_iterable(rows))
-    return launch
+
+    def __init__(self, tables: LaunchTables, rows: Sequence[tuple[int, ...]]) -> None:
+        self._launch = Launch(num_tensors=len(rows))
+        self._tables = tables.runs.data_ptr(), tables.first_runs.data_ptr()
+        # All fields from here on have 64 bits; to set them one by one takes several times as long.
+        words = memoryview(self._launch).cast("B").cast("q")[Launch.tensors.offset // 8 :]
+        row = len(_Tensor._fields_)
+        words[: len(rows) * row] = array("q", chain.from_iterable(rows))
+        self._grads = words[1 : len(rows) * row : row]
+
+    def fill(
+        self,
+        scalars: _Scalars,
+        weights: Tensor,
+        num_skipped: Tensor,
+        dense_flags: Tensor | None,
+        grads: Sequence[int],
+    ) -> Launch:
+        """The launch of a step.
+
+        Args:
+            scalars: See `host_scalars`.
+            weights: See `window_weights`.
+            num_skipped: int32; the number of skipped blocks is added to its first element.
+            dense_flags: int32, zeros, one for each run of the tables; None where there is no dense run.
+            grads: Addresses of the gradients, or 0.
+        """
+        launch, address = self._launch, weights.data_ptr()
+        launch.scalars = scalars  # a copy
+        launch.device_scalars = None
+        struct.pack_into(
+            "6q",
+            launch,
+            Launch.m_weights.offset,
+            address,
+            address + weights.nbytes // 2,
+            *self._tables,
+            num_skipped.data_ptr(),
+            0 if dense_flags is None else dense_flags.data_ptr(),
+        )
+        self._grads[:] = array("q", grads)
+        return launch
 
 
 @functools.lru_cache(maxsize=8)  # an engine that updates parameter by parameter asks for the same ones again and again

@@ -35,8 +35,9 @@ def count_steps(tensors: Iterable[TensorStep]) -> None:
 
 def readable_grads(tensors: Iterable[TensorStep]) -> list[Tensor | None]:
     """The gradients in a dtype that the fused kernels read."""
-    grads = [tensor.grad for tensor in tensors]
-    return [grad if grad is None or grad.dtype in _KERNEL_DTYPES else grad.float() for grad in grads]
+    return [
+        grad if (grad := tensor.grad) is None or grad.dtype in _KERNEL_DTYPES else grad.float() for tensor in tensors
+    ]
 
 
 class Addresses(NamedTuple):

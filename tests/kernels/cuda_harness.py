@@ -16,13 +16,14 @@ import torch
 from microadam_dist.backends.base import DeviceInputs, TensorStep
 from microadam_dist.backends.cuda_launch import (
     SCALARS_BYTES,
+    FilledLaunch,
     Launch,
     LaunchTables,
     Shape,
     address_rows,
+    addresses_of,
     are_aligned,
     device_inputs,
-    fill_launch,
     group_by_kernel,
     host_scalars,
     kernel_macros,
@@ -123,8 +124,9 @@ class HarnessBackend:
             on_device = torch.zeros(len(group) * SCALARS_BYTES, dtype=torch.uint8)
             for number, tables in enumerate(self._tables([tensor.layout for tensor in group], aligned[members[0]])):
                 skipped = torch.zeros(1 + tables.num_runs, dtype=torch.int32)
-                launch = fill_launch(tables, [rows[i] for i in members], weights, skipped, skipped[1:])
-                launch.scalars = host_scalars(group[0].step, config, grad_scale)
+                scalars = host_scalars(group[0].step, config, grad_scale)
+                filled = FilledLaunch(tables, [rows[i] for i in members])
+                launch = filled.fill(scalars, weights, skipped, skipped[1:], addresses_of(group_grads))
                 grad_dtype = None if group_grads[0] is None else group_grads[0].dtype
                 macros = kernel_macros(tables, config, group[0].param.dtype, grad_dtype)
                 memory = [tables.runs, tables.first_runs, weights, skipped]
