@@ -53,9 +53,10 @@ def _finish(axes: Axes, title: str, xlabel: str, ylabel: str) -> Figure:
 
 def frontier(rows: Sequence[Row], counted: str = "state") -> Figure:
     """Test loss against bytes of "state" or "weights and state"; the line joins what nothing beats in both."""
+    has_weights = "weights" in counted
 
     def size(row: Row) -> float:
-        return row.bytes_per_param + (row.weight_bytes_per_param if "weights" in counted else 0)
+        return row.bytes_per_param + (row.weight_bytes_per_param if has_weights else 0)
 
     axes = _figure(4.8).subplots()
     for row, style in _styles(rows):
@@ -70,7 +71,8 @@ def frontier(rows: Sequence[Row], counted: str = "state") -> Figure:
     axes.set_xscale("symlog", linthresh=0.5)
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xticks([0, 0.5, 1, 2, 4, 8, *([12] if "weights" in counted else [])])
+    axes.set_xticks([2, 3, 4, 6, 8, 12] if has_weights else [0, 0.5, 1, 2, 4, 8])
+    axes.set_xlim(left=1.8 if has_weights else None)
     label = f"{counted}, bytes per parameter"
     return _finish(axes, "Memory against loss", label, "test loss (bar: all seeds)")
 
