@@ -11,6 +11,7 @@ import torch
 from microadam_dist.arithmetic.scalars import StepScalars
 from microadam_dist.backends.cuda_launch import Shape, step_factors
 from microadam_dist.config import MAX_BLOCK_SIZE, MicroAdamConfig
+from tests.amount import some
 
 from .cases import BF16, FP16, FP32, KERNEL_CASES, Case, is_replayed, replay_case
 from .checks import (
@@ -35,7 +36,7 @@ def test_bit_identical_to_the_reference(case: Case) -> None:
 
 
 def test_weights_follow_from_the_window() -> None:
-    for case in filter(is_replayed, KERNEL_CASES):
+    for case in some(filter(is_replayed, KERNEL_CASES)):
         replay_case(case, HarnessBackend())
 
 
