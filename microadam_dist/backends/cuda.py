@@ -25,7 +25,6 @@ from .cuda_launch import (
     Launch,
     LaunchTables,
     address_rows,
-    addresses_of,
     are_aligned,
     device_inputs,
     group_by_kernel,
@@ -36,7 +35,7 @@ from .cuda_launch import (
     step_factors,
     window_weights,
 )
-from .tensors import count_steps, readable_grads
+from .tensors import addresses_of, count_steps, readable_grads
 
 MIN_CAPABILITY = (8, 0)  # conversions to bf16 and warp-wide sums in one instruction
 KERNEL_NAMES = ("microadam_scalars", "microadam_step")

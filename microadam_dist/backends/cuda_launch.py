@@ -234,11 +234,6 @@ def address_rows(tensors: Sequence[TensorStep], grads: Sequence[Tensor | None]) 
     return list(zip(addresses.param, addresses.grad, *addresses.state, addresses.counter, strict=True))
 
 
-def addresses_of(tensors: Iterable[Tensor | None]) -> list[int]:
-    """Their addresses; 0 where there is none."""
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-
-
 def signature_of(
     tensors: Sequence[TensorStep], grads: Sequence[Tensor | None], grad_addresses: Sequence[int]
 ) -> tuple[Any, ...]:

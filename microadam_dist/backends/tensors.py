@@ -62,8 +62,8 @@ class Addresses(NamedTuple):
         present, nothing = set().union(*states), [0] * len(tensors)
         return cls(
             param=[param.data_ptr() for param in params],
-            grad=_optional(grads),
-            counter=_optional(counters),
+            grad=addresses_of(grads),
+            counter=addresses_of(counters),
             state=[
                 [state[name].data_ptr() if name in state else 0 for state in states] if name in present else nothing
                 for name in STATE_NAMES
@@ -71,7 +71,8 @@ class Addresses(NamedTuple):
         )
 
 
-def _optional(tensors: Sequence[Tensor | None]) -> list[int]:
+def addresses_of(tensors: Iterable[Tensor | None]) -> list[int]:
+    """Their addresses; 0 where there is none."""
     return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 

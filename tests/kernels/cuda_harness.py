@@ -21,7 +21,6 @@ from microadam_dist.backends.cuda_launch import (
     LaunchTables,
     Shape,
     address_rows,
-    addresses_of,
     are_aligned,
     device_inputs,
     group_by_kernel,
@@ -31,7 +30,7 @@ from microadam_dist.backends.cuda_launch import (
     step_factors,
     window_weights,
 )
-from microadam_dist.backends.tensors import count_steps, readable_grads
+from microadam_dist.backends.tensors import addresses_of, count_steps, readable_grads
 from microadam_dist.config import MicroAdamConfig
 from microadam_dist.layout import StateLayout
 
